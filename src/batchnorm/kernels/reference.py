@@ -1,0 +1,142 @@
+"""Batch normalization in plain PyTorch, as the paper writes it: the oracle of the tests and the fallback.
+
+Slow but right: it is computed in float64 (see ``batchnorm.moments``), can be differentiated any number of times,
+forwards and backwards, and goes through ``torch.func.vmap``. Nothing is changed in place.
+
+Everywhere below, ``x`` has the shape ``(N, C, *space)`` and any floating dtype, everything per channel has the shape
+``(C,)``, and what is per channel and computed here is float64. Arguments are expected to be right:
+``batchnorm.functional`` checks them.
+
+Source: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+Shift", arXiv 1502.03167. For images, a channel's mini-batch holds the values at all places (their section 3.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchnorm.moments import Moments, accumulate_dtype
+
+
+def train_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize ``x`` by its own moments: the four steps of Algorithm 1.
+
+    Args:
+        x: ``(N, C, *space)``.
+        weight: the paper's gamma, ``(C,)``; None for 1.
+        bias: the paper's beta, ``(C,)``; None for 0.
+        eps: added to the variance, in the unit of ``x`` squared.
+
+    Returns:
+        ``y`` in the shape and dtype of ``x``, and the mean and biased variance that normalized it, ``(C,)``.
+    """
+    moments = Moments.of(x, _all_but_channel(x))
+    mean = moments.mean
+    var = moments.biased_variance
+    return inference(x, mean, var, weight, bias, eps), mean, var
+
+
+def inference(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalize ``x`` by the given moments and scale and shift it: the last two steps of Algorithm 1.
+
+    Args:
+        x: ``(N, C, *space)``.
+        mean, var: ``(C,)``, from the batch or the running statistics.
+        weight, bias, eps: as for ``train_forward``.
+
+    Returns:
+        ``y`` in the shape and dtype of ``x``.
+    """
+    y = _normalize(x, mean, var, eps)
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    return y.to(x.dtype)
+
+
+def train_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of ``train_forward``, in closed form.
+
+    These are the six equations of the paper's section 3, put together: with m values per channel,
+    ``grad_x = weight / sqrt(var + eps) * (grad_y - mean(grad_y) - x_hat * mean(grad_y * x_hat))``.
+    So the batch takes out of the gradient what is constant over it, and what is proportional to ``x_hat``.
+
+    To differentiate once more, ``mean`` and ``var`` must have been computed from ``x`` under autograd.
+
+    Args:
+        grad_y: the gradient with respect to ``y``, in the shape of ``x``.
+        x, weight, eps: what ``train_forward`` was called with.
+        mean, var: what it returned.
+
+    Returns:
+        The gradients with respect to ``x``, in its dtype, and with respect to weight and bias, ``(C,)``, the same
+        whether or not there is a weight or bias to have them.
+    """
+    dims = _all_but_channel(x)
+    grad_y = grad_y.to(accumulate_dtype(x))
+    x_hat = _normalize(x, mean, var, eps)
+    grad_bias = grad_y.sum(dims)
+    grad_weight = (grad_y * x_hat).sum(dims)
+
+    grad_x = grad_y - grad_y.mean(dims, keepdim=True) - x_hat * (grad_y * x_hat).mean(dims, keepdim=True)
+    grad_x = grad_x / (_per_channel(var, x) + eps).sqrt()
+    if weight is not None:
+        grad_x = grad_x * _per_channel(weight, x)
+    return grad_x.to(x.dtype), grad_weight, grad_bias
+
+
+def running_update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | float,
+    factor: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """Move the running statistics towards a batch's: ``(1 - factor) * running + factor * batch``.
+
+    A batch teaches nothing, and so changes nothing, if the mean or variance of any channel would be stored as nan or
+    infinite; and a channel stays as it is if it has one value or none, which has no unbiased variance.
+
+    Args:
+        running_mean, running_var: ``(C,)``, of any floating dtype; they are not changed.
+        mean, var: the batch's mean and biased variance, ``(C,)``.
+        count: values per channel, for all or each, a number or ``(C,)``.
+        factor: the weight of the batch, from 0 to 1: PyTorch's momentum. A number or a tensor without dimensions.
+
+    Returns:
+        The new running mean and the new, unbiased running variance, in the old ones' dtypes.
+
+    Source: the unbiased variance is that of Algorithm 2; the moving average, section 3.1.
+    """
+    count = torch.zeros_like(var) + count
+    enough = count > 1
+    unbiased = var * torch.where(enough, count / (count - 1), 1.0)
+    # Judged in the dtype that stores it: what is finite in float64 may not be in float32.
+    mean, unbiased = mean.to(running_mean.dtype), unbiased.to(running_var.dtype)
+    update = enough & mean.isfinite().all() & unbiased.isfinite().all()
+    new_mean = torch.where(update, (1 - factor) * running_mean + factor * mean, running_mean)
+    new_var = torch.where(update, (1 - factor) * running_var + factor * unbiased, running_var)
+    return new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
+
+
+def _normalize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """The third step of Algorithm 1: the paper's x-hat, in float64."""
+    return (x.to(accumulate_dtype(x)) - _per_channel(mean, x)) / (_per_channel(var, x) + eps).sqrt()
+
+
+def _all_but_channel(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Shape ``(C,)`` so that it broadcasts against ``(N, C, *space)``, in the dtype that is computed in."""
+    return values.to(accumulate_dtype(x)).reshape(values.shape[0], *(1,) * (x.dim() - 2))
