@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_merge_is_associative(x, y, z):
 @given(samples(), st.lists(st.integers(0, 40), max_size=6))
 def test_any_split_merges_to_the_whole(x, cuts):
     edges = [0, *sorted(min(cut, len(x)) for cut in cuts), len(x)]
-    parts = [rows(x[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [rows(x[a:b]) for a, b in pairwise(edges)]
 
     assert_same(merge_all(parts), rows(x))
     one_by_one = Moments.empty((CHANNELS,))

@@ -19,9 +19,7 @@ from torch import Tensor
 from batchnorm.moments import Moments, accumulate_dtype
 
 
-def train_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def train_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize ``x`` by its own moments: the four steps of Algorithm 1.
 
     Args:
@@ -39,9 +37,7 @@ def train_forward(
     return inference(x, mean, var, weight, bias, eps), mean, var
 
 
-def inference(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def inference(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalize ``x`` by the given moments and scale and shift it: the last two steps of Algorithm 1.
 
     Args:

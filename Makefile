@@ -1,0 +1,40 @@
+# Every target makes the virtual environment that it needs: a machine with Python 3.10 or newer and make is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help compare test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s%s\n", $$1, $$2 }'
+
+compare: $(INSTALLED)  ## train a small network with and without batch normalization, and report
+	$(BIN)/batchnorm compare
+
+test: $(INSTALLED)  ## run the tests, then use the built wheel once
+	$(BIN)/python -m pytest
+	$(BIN)/python tests/wheel_smoke.py
+
+lint: $(INSTALLED)  ## check style, types, and which module may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)  ## time the kernels against torch.nn
+	$(BIN)/batchnorm benchmark
+
+clean:  ## remove what was built and cached, but not the environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "batchnorm needs Python 3.10 or newer, and '$(PYTHON)' is not;" \
+	    "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tools]' --group test
+	@touch $@

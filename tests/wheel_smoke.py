@@ -1,0 +1,63 @@
+"""Build the wheel, install it alone into an empty folder, and use it from there: does it hold all that it needs?
+
+Run by `make test`, in the environment that has the dependencies; not collected by pytest.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+USE = """
+import importlib.resources
+import sys
+from pathlib import Path
+
+import torch
+
+import batchnorm
+
+site = Path(sys.argv[1])
+assert Path(batchnorm.__file__).is_relative_to(site), f"{batchnorm.__file__} is not the installed wheel"
+assert batchnorm.BatchNorm2d(3)(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+
+# Large enough that our own kernel is worth its call.
+x = torch.randn(16, 32, 48, 48, requires_grad=True)
+ours, torchs = batchnorm.BatchNorm2d(32), torch.nn.BatchNorm2d(32)
+torch.testing.assert_close(ours(x), torchs(x), rtol=1e-4, atol=1e-4)
+weight = torch.randn_like(x)
+for layer in (ours, torchs):
+    layer.zero_grad()
+    layer(x).backward(weight)
+torch.testing.assert_close(ours.weight.grad, torchs.weight.grad, rtol=1e-3, atol=1e-2)
+
+package = importlib.resources.files("batchnorm")
+for resource in ("py.typed", "study/templates/report.html.j2"):
+    assert package.joinpath(resource).is_file(), f"the wheel lacks {resource}"
+"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        dist, site = Path(folder, "dist"), Path(folder, "site").resolve()
+        python = (sys.executable, "-m")
+        run(*python, "build", "--wheel", "--no-isolation", "--outdir", dist, REPOSITORY)
+        (wheel,) = dist.glob("batchnorm-*.whl")
+        run(*python, "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
+
+        # Ahead of the environment's own packages, so also of the editable install of the source.
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        run(sys.executable, "-c", USE, site, cwd=folder, env=environment)
+        run(site / "bin" / "batchnorm", "compare", "--help", cwd=folder, env=environment)
+    print("the wheel holds all that it needs")
+
+
+def run(*command: object, **options: object) -> None:
+    subprocess.run([str(part) for part in command], check=True, **options)
+
+
+if __name__ == "__main__":
+    main()
