@@ -246,6 +246,13 @@ def test_compiles_without_a_break():
     assert_same(compiled(x, x > 0), merge(Moments.of(x, 0, x > 0), rows(x)))
 
 
+def test_no_step_looks_at_values():
+    """On the meta device there are none to look at, so nothing can make a program wait for its GPU."""
+    x = torch.empty(6, CHANNELS, device="meta")
+    got = merge_all([merge(Moments.of(x, 0, x > 0, x.abs()), rows(x)), rows(x)])
+    assert got.unbiased_variance.shape == got.biased_variance.shape == (CHANNELS,)
+
+
 # --- errors ---
 
 

@@ -112,6 +112,15 @@ def test_inputs_are_not_changed():
     assert all(map(torch.equal, tensors, before))
 
 
+def test_no_step_looks_at_values():
+    """On the meta device there are none to look at, so nothing can make a program wait for its GPU."""
+    x, weight, bias = (tensor.to("meta") for tensor in make((4, 3, 5), dtype=torch.bfloat16))
+    y, mean, var = reference.train_forward(x, weight, bias, EPS)
+    grad_x, _, _ = reference.train_backward(y, x, weight, mean, var, EPS)
+    updated, _ = reference.running_update(mean, var, mean, var, torch.ones(3, device="meta"), 0.1)
+    assert (y.dtype, grad_x.shape, updated.shape) == (torch.bfloat16, x.shape, (3,))
+
+
 # --- derivatives ---
 
 

@@ -56,7 +56,8 @@ def main() -> None:
 
 
 def run(*command: object, **options: object) -> None:
-    subprocess.run([str(part) for part in command], check=True, **options)
+    if subprocess.run([str(part) for part in command], **options).returncode:
+        sys.exit("the wheel does not hold all that it needs: see above")
 
 
 if __name__ == "__main__":
