@@ -1,0 +1,152 @@
+"""Run a compiled loop on torch's own threads.
+
+Numba's threading layers are not used: a second pool would fight torch's (convolutions slow down), Numba's own OpenMP layer ends a
+forked child, and its workqueue layer aborts when two Python threads call at once. Instead each kernel is a plain C function of one
+argument, and libgomp's `GOMP_parallel`, found through the library that torch is linked to, calls it on the team that torch uses.
+So `torch.set_num_threads` is obeyed, each Python thread has the team that torch would give it, and nothing global is configured.
+
+* No OpenMP to be found (macOS without libomp's GNU entry points, Windows): a pool of Python threads does the same; the kernels
+  hold no GIL.
+* A child forked from a process whose OpenMP team exists has lost that team's threads; waiting for them would hang. Children run
+  on one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import struct
+import threading
+import types as python_types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+
+from batchnorm.kernels import loops
+from batchnorm.kernels.simd import pointer
+
+_SLOTS = struct.Struct(f"={loops.EPS}q2d")  # addresses and sizes, then eps and factor
+_TEAM = struct.Struct("=4q")  # this thread, all threads, and where to ask instead
+_STORED = {torch.float32: numba.float32, torch.float64: numba.float64, torch.bfloat16: numba.uint16}
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _OpenMP:
+    """The OpenMP runtime that torch is linked to."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(torch._C.__file__)  # already loaded; symbols are looked up in its dependencies, libgomp among them
+        self.parallel = library.GOMP_parallel
+        self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+        self.parallel.restype = None
+        self.address = int(ctypes.cast(self.parallel, ctypes.c_void_p).value or 0)
+        addresses = (ctypes.cast(library[name], ctypes.c_void_p).value for name in ("omp_get_thread_num", "omp_get_num_threads"))
+        self.team = _TEAM.pack(-1, 0, *addresses)
+
+
+@cache
+def openmp() -> _OpenMP | None:
+    try:
+        return _OpenMP()
+    except (AttributeError, OSError):
+        return None
+
+
+_SERIAL = _TEAM.pack(0, 1, 0, 0)
+
+
+@cache
+def _python_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="batchnorm")
+
+
+def run(kernel: Kernel, slots: tuple[Any, ...], threads: int) -> None:
+    """Call the kernel with the packed slots on up to `threads` threads, this one included, and wait for all of them."""
+    arguments = _SLOTS.pack(*slots)
+    if threads <= 1 or _forked:
+        kernel.call(arguments + _SERIAL)
+        return
+    omp = openmp()
+    if omp is not None:
+        omp.parallel(kernel.address, arguments + omp.team, threads, 0)
+        return
+    others = [_python_threads().submit(kernel.call, arguments + _TEAM.pack(i, threads, 0, 0)) for i in range(1, threads)]
+    kernel.call(arguments + _TEAM.pack(0, threads, 0, 0))
+    for other in others:
+        other.result()
+
+
+class Kernel:
+    """A compiled loop for one dtype: the address of a C function `void f(int64_t *slots)`."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function  # keeps the machine code alive
+        self.address = function.address
+        self.call: Callable[[bytes], None] = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(function.address)
+
+
+_compiling = threading.Lock()
+_kernels: dict[tuple[str, torch.dtype], Kernel] = {}
+
+
+def kernel(name: str, dtype: torch.dtype) -> Kernel:
+    """The loop of that name for tensors of `dtype`, compiled (or read from Numba's cache) on first use."""
+    found = _kernels.get((name, dtype))
+    if found is None:
+        with _compiling:
+            found = _kernels.get((name, dtype))
+            if found is None:
+                found = _kernels[name, dtype] = Kernel(_compile(name, dtype))
+    return found
+
+
+def _entry(slots):  # type: ignore[no-untyped-def]  # compiled by Numba; the names come from _compile
+    a = pointer(slots, int64)  # noqa: F821
+    thread, threads = who(a)  # noqa: F821
+    work(a, thread, threads, stored, param, acc)  # noqa: F821
+
+
+def _compile(name: str, dtype: torch.dtype) -> Any:
+    """A C function around one loop.
+
+    The function is a copy of `_entry` with its own globals. Numba finds cached code by qualified name and the age of this file
+    alone, so the name carries the loop, the dtype and a digest of the sources that are compiled in.
+    """
+    acc = numba.float64 if dtype == torch.float64 else numba.float32
+    names = {
+        "pointer": pointer, "who": loops.who, "work": getattr(loops, name), "int64": numba.int64,
+        "stored": _STORED[dtype], "param": acc, "acc": acc,
+    }  # fmt: skip
+    entry = python_types.FunctionType(_entry.__code__, {**globals(), **names}, name)
+    entry.__qualname__ = f"{name}_{str(dtype).removeprefix('torch.')}_{_digest()}"
+    entry.__module__ = __name__
+    options = {"error_model": "numpy"}
+    signature = numba.void(numba.intp)
+    try:
+        return numba.cfunc(signature, cache=True, **options)(entry)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        return numba.cfunc(signature, **options)(entry)  # neither the package's folder nor a user's cache can be written
+
+
+@cache
+def _digest() -> str:
+    sources = (Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "loops.py", "launch.py"))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]

@@ -1,0 +1,307 @@
+"""Vectors for Numba: eight lanes at a time, with operators, loads and stores that the compiler cannot miss.
+
+Numba hands plain loops to LLVM's auto-vectorizer, which gives up on the loops that batch normalization needs most (several rows at a
+time, mixed precision, short tails). A `Vector` is LLVM's own vector type instead: `a * b + c` on vectors is what it says on any
+processor, two AVX registers or four NEON ones. The same kernel source also runs on scalars, which is how tails are done.
+
+`lanes` is 8 for vectors and 1 for scalars throughout; `load(pointer, index, lanes)` gives a vector or a scalar accordingly.
+A `uint16` pointer holds bfloat16: it is loaded as float32 and stored rounded to nearest even.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+LANES = 8
+FLOATS = (types.float32, types.float64)
+
+
+class Vector(types.Type):
+    """`LANES` values of one floating type."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype}, {LANES})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, ir.VectorType(_llvm_float(fe_type.dtype), LANES))
+
+
+VECTORS = {dtype: Vector(dtype) for dtype in FLOATS}
+
+
+def _llvm_float(dtype: types.Float) -> ir.Type:
+    return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
+
+
+def _llvm(value_type: types.Type) -> ir.Type:
+    """The LLVM type of a scalar or a Vector."""
+    if isinstance(value_type, Vector):
+        return ir.VectorType(_llvm_float(value_type.dtype), LANES)
+    return _llvm_float(value_type)
+
+
+def _of(dtype: types.Float, lanes: int) -> types.Type:
+    return dtype if lanes == 1 else VECTORS[dtype]
+
+
+def _element(value_type: types.Type) -> types.Float:
+    return value_type.dtype if isinstance(value_type, Vector) else value_type
+
+
+def _splat(builder: Any, scalar: Any, vector_type: ir.VectorType) -> Any:
+    first = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector_type.count), None)
+    return builder.shuffle_vector(first, ir.Constant(vector_type, ir.Undefined), zeros)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------------------
+
+
+def _define_operator(symbol: Any, instruction: str) -> None:
+    @type_callable(symbol)
+    def typing(context: Any) -> Any:
+        def typer(a, b):  # type: ignore[no-untyped-def]  # numba compares this signature with the call's
+            vector = a if isinstance(a, Vector) else b
+            if isinstance(vector, Vector) and all(t in (vector, vector.dtype) for t in (a, b)):
+                return vector
+            return None
+
+        return typer
+
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return getattr(builder, instruction)(*_lanewise(builder, signature, args))
+
+    for kinds in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
+        lower_builtin(symbol, *kinds)(lower)
+
+
+def _lanewise(builder: Any, signature: Any, args: Any) -> list[Any]:
+    """The arguments, scalars among them repeated in every lane of the result's type."""
+    result = signature.return_type
+    return [v if t == result else _splat(builder, v, _llvm(result)) for v, t in zip(args, signature.args, strict=True)]
+
+
+_define_operator(operator.add, "fadd")
+_define_operator(operator.sub, "fsub")
+_define_operator(operator.mul, "fmul")
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c in one rounding where the processor can; scalars beside vectors count for every lane."""
+    kinds = (a, b, c)
+    result = next((k for k in kinds if isinstance(k, Vector)), a)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        llvm_type, lanes = _llvm(result), f"v{LANES}" if isinstance(result, Vector) else ""
+        name = f"llvm.fmuladd.{lanes}f{_element(result).bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(llvm_type, [llvm_type] * 3), name)
+        return builder.call(function, _lanewise(builder, signature, args))
+
+    scalar = _element(result)
+    return result(*(k if isinstance(k, Vector) else scalar for k in kinds)), codegen
+
+
+@intrinsic
+def convert(typingctx: Any, value: Any, dtype: Any) -> Any:
+    """The value, scalar or vector, in another floating type."""
+    lanes = LANES if isinstance(value, Vector) else 1
+    source, target = _element(value), dtype.dtype
+    result = _of(target, lanes)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if source == target:
+            return args[0]
+        return (builder.fpext if target == types.float64 else builder.fptrunc)(args[0], _llvm(result))
+
+    return result(value, dtype), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, value: Any, lanes: Any) -> Any:
+    """The scalar in every lane (or the scalar itself where `lanes` is 1)."""
+    count = _literal(lanes)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0] if count == 1 else _splat(builder, args[0], _llvm(VECTORS[value]))
+
+    return _of(value, count)(value, lanes), codegen
+
+
+@intrinsic
+def total(typingctx: Any, value: Any) -> Any:
+    """The sum of a vector's lanes, always in the same order: neighbours in pairs, then pairs of pairs."""
+    scalar = _element(value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not isinstance(value, Vector):
+            return args[0]
+        parts = [builder.extract_element(args[0], ir.Constant(ir.IntType(32), i)) for i in range(LANES)]
+        while len(parts) > 1:
+            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    return scalar(value), codegen
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
+    """The integer address as a pointer to `dtype`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(types.intp, dtype), codegen
+
+
+@intrinsic
+def reinterpret(typingctx: Any, base: Any, dtype: Any) -> Any:
+    """The same address as a pointer to another type."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(base, dtype), codegen
+
+
+@intrinsic
+def offset(typingctx: Any, base: Any, count: Any) -> Any:
+    """The pointer moved on by `count` elements."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return base(base, types.intp), codegen
+
+
+@intrinsic
+def load(typingctx: Any, base: Any, index: Any, lanes: Any) -> Any:
+    """One scalar or `LANES` neighbours from `base[index]` on; bfloat16 (a uint16 pointer) arrives as float32."""
+    count, stored = _literal(lanes), base.dtype
+    result = _of(types.float32 if stored == types.uint16 else stored, count)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        raw = ir.IntType(16) if stored == types.uint16 else _llvm_float(stored)
+        place = _place(builder, args[0], args[1], raw, count)
+        value = builder.load(place, align=_bytes(stored))
+        if stored != types.uint16:
+            return value
+        wide = ir.IntType(32) if count == 1 else ir.VectorType(ir.IntType(32), count)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), _constant(wide, 16)), _llvm(result))
+
+    return result(base, types.intp, lanes), codegen
+
+
+@intrinsic
+def store(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
+    """Write a scalar or vector to `base[index]` and on; into bfloat16 it is rounded to nearest even, NaN stays NaN."""
+    count, stored = (LANES if isinstance(value, Vector) else 1), base.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        raw = ir.IntType(16) if stored == types.uint16 else _llvm_float(stored)
+        place = _place(builder, args[0], args[1], raw, count)
+        result = _to_bfloat16(builder, args[2], count) if stored == types.uint16 else args[2]
+        builder.store(result, place, align=_bytes(stored))
+        return context.get_dummy_value()
+
+    return types.void(base, types.intp, value), codegen
+
+
+@intrinsic
+def stream(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
+    """`store` around the caches, for output that will not fit into them. The address must be a multiple of the vector's size.
+
+    It saves reading the line that is about to be overwritten. End with `fence()` before another thread may read.
+    """
+    if not isinstance(value, Vector):
+        raise TypingError("only vectors can be streamed")
+    stored = base.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        raw = ir.IntType(16) if stored == types.uint16 else _llvm_float(stored)
+        result = _to_bfloat16(builder, args[2], LANES) if stored == types.uint16 else args[2]
+        written = builder.store(result, _place(builder, args[0], args[1], raw, LANES), align=LANES * _bytes(stored))
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(base, types.intp, value), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """Let every store so far, streamed ones too, be seen before any later one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def alloca(typingctx: Any, count: Any, dtype: Any) -> Any:
+    """Uninitialised memory for `count` (a literal) values on the stack of the function that calls."""
+    size = _literal(count)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return cgutils.alloca_once(builder, context.get_value_type(dtype.dtype), size=size)
+
+    return types.CPointer(dtype.dtype)(count, dtype), codegen
+
+
+def _to_bfloat16(builder: Any, value: Any, count: int) -> Any:
+    wide, narrow = (ir.IntType(bits) if count == 1 else ir.VectorType(ir.IntType(bits), count) for bits in (32, 16))
+    bits = builder.bitcast(value, wide)
+    kept = builder.lshr(bits, _constant(wide, 16))
+    odd = builder.and_(kept, _constant(wide, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(wide, 0x7FFF))), _constant(wide, 16))
+    # Rounding would carry a NaN's payload into infinity or zero; the test is on bits, so that no arithmetic flag can drop it.
+    is_nan = builder.icmp_unsigned(">", builder.and_(bits, _constant(wide, 0x7FFFFFFF)), _constant(wide, 0x7F800000))
+    return builder.trunc(builder.select(is_nan, _constant(wide, 0x7FC0), rounded), narrow)
+
+
+def _place(builder: Any, base: Any, index: Any, raw: ir.Type, count: int) -> Any:
+    wanted = raw if count == 1 else ir.VectorType(raw, count)
+    return builder.bitcast(builder.gep(base, [index]), wanted.as_pointer())
+
+
+def _constant(llvm_type: ir.Type, value: int) -> ir.Constant:
+    return ir.Constant(llvm_type, [value] * llvm_type.count if isinstance(llvm_type, ir.VectorType) else value)
+
+
+def _bytes(dtype: types.Type) -> int:
+    return int(dtype.bitwidth) // 8
+
+
+def _literal(lanes: Any) -> int:
+    if not isinstance(lanes, types.IntegerLiteral):
+        raise TypingError("lanes must be a literal")
+    return int(lanes.literal_value)
+
+
+# --- the outside world -----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def call_int(typingctx: Any, address: Any) -> Any:
+    """Call the C function `int f(void)` at an address. An address that arrives with the arguments leaves the code cacheable."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer())
+        return builder.sext(builder.call(function, []), ir.IntType(64))
+
+    return types.int64(types.intp), codegen
