@@ -1,0 +1,112 @@
+"""The command `batchnorm`. What a command needs is imported when it runs, so that --help comes at once."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NEEDS_TOOLS = "batchnorm: {} is missing; the command needs the tools: pip install 'batchnorm[tools]'"
+
+try:
+    import click
+except ModuleNotFoundError as error:
+    print(NEEDS_TOOLS.format(error.name), file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="batchnorm")
+def main() -> None:
+    """Batch normalization for PyTorch: compare, measure."""
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("batchnorm-compare"),
+    show_default=True,
+    help="Directory for results.json and report.html.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="Runs for each arm and learning rate.  [default: 5]")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps of each run.  [default: 250]")
+@click.option("--quick", is_flag=True, help="Take seconds, not minutes: too few runs for a verdict.")
+def compare(out: Path, seeds: int | None, steps: int | None, quick: bool) -> None:
+    """Train a small CNN on handwritten digits with and without batch normalization, and report."""
+    with _tools():
+        from dataclasses import replace
+
+        from rich.console import Console
+
+        from batchnorm.study import terminal
+        from batchnorm.study.compare import compare as run
+        from batchnorm.study.results import QUICK, Settings
+        from batchnorm.study.verdict import judge
+
+    default = QUICK if quick else Settings()
+    settings = replace(default, seeds=seeds or default.seeds, steps=steps or default.steps)
+    console = Console()
+    with _one_line_errors():
+        _check_writable(out)
+        with terminal.progress(console) as progress:
+            comparison = run(settings=settings, processes=1 if quick else None, progress=progress)
+        paths = comparison.save(out)
+    console.print(terminal.table(comparison))
+    console.print(judge(comparison).sentence, highlight=False)
+    for path in paths:
+        click.echo(path)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("batchnorm-benchmark"),
+    show_default=True,
+    help="Directory for the measurements.",
+)
+@click.option("--quick", is_flag=True, help="Measure the smallest shapes only.")
+def benchmark(out: Path, quick: bool) -> None:
+    """Time the kernels against torch.nn, after a check that both agree."""
+    with _tools():
+        from batchnorm.benchmark import run
+
+    with _one_line_errors():
+        run(out, quick)
+
+
+@contextmanager
+def _tools() -> Iterator[None]:
+    """Turn the lack of a package into one line that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "batchnorm":
+            raise
+        print(NEEDS_TOOLS.format(error.name), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn what a user can cause, a wrong path or Ctrl-C, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        click.echo("batchnorm: stopped; nothing was written", err=True)
+        raise SystemExit(130) from None
+
+
+def _check_writable(directory: Path) -> None:
+    """Make the directory and a file in it, so that a wrong path is found before the work and not after."""
+    import tempfile
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+if __name__ == "__main__":
+    main()

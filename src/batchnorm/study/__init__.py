@@ -1,0 +1,1 @@
+"""Fair comparisons of normalization: arms, data, training, results, verdict and report, one module each."""

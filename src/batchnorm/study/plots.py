@@ -1,0 +1,178 @@
+"""Plots: the report's figures, as SVG whose text and colours follow the page that they stand in."""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from batchnorm.study.results import Comparison, Run
+
+# Matplotlib draws with these stand-ins; the page's style sheet says what each is in light and in dark.
+INK, MUTED, CONTROL, TREATMENT = "#010101", "#020202", "#030303", "#040404"
+COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", CONTROL: "var(--control)", TREATMENT: "var(--treatment)"}
+STYLE: Any = {  # matplotlib types the names of all its parameters
+    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
+    "svg.hashsalt": "batchnorm",  # the same results give the same page
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 2,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+LABEL_GAP = 0.15  # of the axes' height, between the two-line labels of curves that end close together
+DODGE = 1.03  # so that the range bars of two arms at one rate stand side by side
+NO_DATE = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+Plot = Callable[[Figure, Comparison], None]
+Label = tuple[str, float, str]
+
+
+def svg(plot: Plot, comparison: Comparison, title: str, height: float = 3.8) -> str:
+    """Return a plot as an SVG element for a page, its title there for those who do not see it."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, height), layout="constrained")
+        plot(figure, comparison)
+        figure.savefig(buffer, format="svg", metadata=NO_DATE)
+    text = buffer.getvalue()
+    text = text[text.index("<svg ") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return text
+
+
+def loss(figure: Figure, comparison: Comparison) -> None:
+    """Draw training loss against step, each arm at its best rate: median over seeds and range."""
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    guessing = math.log(comparison.classes)
+    labels = []
+    for arm, colour in _coloured(comparison):
+        runs = comparison.final(arm)
+        steps = max((run.steps for run in runs), key=len)
+        curves = [_padded(run.loss, len(steps)) for run in runs]
+        middle = _median(curves)
+        axes.plot(steps, middle, color=colour)
+        axes.fill_between(steps, *_range(curves), color=colour, alpha=0.18, linewidth=0)
+        labels.append((f"{arm}\nrate {runs[0].rate:g}", float(middle[-1]), colour))
+    axes.axhline(guessing, color=MUTED, linewidth=0.8, linestyle=":")
+    axes.text(comparison.settings.steps, guessing * 1.05, "guessing", color=MUTED, ha="right")
+    axes.set_xlim(0, comparison.settings.steps)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="step", ylabel="training loss (nats, log scale)")
+    _label_ends(axes, labels)
+
+
+def rates(figure: Figure, comparison: Comparison) -> None:
+    """Draw validation accuracy against learning rate, and under it how many runs failed at each."""
+    axes, counts = figure.subplots(2, sharex=True, height_ratios=(6, 1))
+    labels = []
+    for row, (arm, colour) in enumerate(_coloured(comparison)):
+        by_rate = _by_rate(comparison, arm)
+        labels.append((arm, _line(axes, by_rate, _accuracy, colour, dodge=DODGE ** (2 * row - 1)), colour))
+        best = comparison.summary(arm).rate
+        ring = 100 * float(np.median([run.accuracy for run in by_rate[best]]))
+        axes.plot(best * DODGE ** (2 * row - 1), ring, "o", markersize=14, markerfacecolor="none", color=colour)
+        counts.text(-0.02, row, arm, color=colour, ha="right", va="center", transform=counts.get_yaxis_transform())
+        for rate, runs in by_rate.items():
+            failed = sum(run.outcome != "learned" for run in runs)
+            counts.text(rate, row, str(failed) if failed else "·", color=colour, ha="center", va="center")
+    axes.axhline(100 / comparison.classes, color=MUTED, linewidth=0.8, linestyle=":")
+    axes.tick_params(labelbottom=False, bottom=False)
+    axes.set(ylabel="validation accuracy (%)", ylim=(-3, 103))
+    _label_ends(axes, labels)
+    counts.set(ylim=(1.6, -0.6), yticks=[], xlabel="learning rate (log scale)")
+    counts.spines["left"].set_visible(False)
+    counts.text(1.02, 0.5, f"failed runs\nof {comparison.settings.seeds}", transform=counts.transAxes, va="center")
+    _rate_axis(counts, comparison)
+
+
+def statistics(figure: Figure, comparison: Comparison) -> None:
+    """Draw the second arm's accuracy with running and with batch statistics against learning rate."""
+    axes = figure.subplots()
+    by_rate = _by_rate(comparison, comparison.arms[1])
+    running = _line(axes, by_rate, _accuracy, TREATMENT, dodge=1 / DODGE)
+    batch = _line(axes, by_rate, _batch_accuracy, MUTED, dodge=DODGE)
+    axes.set(ylabel="validation accuracy (%)", xlabel="learning rate (log scale)", ylim=(-3, 103))
+    _rate_axis(axes, comparison)
+    _label_ends(axes, [("running\nstatistics", running, TREATMENT), ("batch\nstatistics", batch, MUTED)])
+
+
+def _coloured(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    return zip(comparison.arms, (CONTROL, TREATMENT), strict=True)
+
+
+def _by_rate(comparison: Comparison, arm: str) -> dict[float, tuple[Run, ...]]:
+    return {rate: comparison.sweep(arm, rate) for rate in comparison.settings.rates}
+
+
+def _accuracy(run: Run) -> float:
+    return 100 * run.accuracy
+
+
+def _batch_accuracy(run: Run) -> float:
+    return math.nan if run.batch_accuracy is None else 100 * run.batch_accuracy
+
+
+def _line(
+    axes: Axes, by_rate: dict[float, tuple[Run, ...]], value: Callable[[Run], float], colour: str, dodge: float
+) -> float:
+    """Draw medians over seeds with their ranges, failed runs as crosses; return where the line ends."""
+    values = [[value(run) for run in runs] for runs in by_rate.values()]
+    middle = np.median(values, axis=1)
+    x = np.array(list(by_rate)) * dodge
+    axes.plot(x, middle, "o-", color=colour, markersize=5)
+    axes.vlines(x, np.min(values, axis=1), np.max(values, axis=1), color=colour, linewidth=1)
+    for rate, runs in by_rate.items():
+        failed = [value(run) for run in runs if run.outcome != "learned"]
+        axes.plot([rate * dodge] * len(failed), failed, "x", color=colour, markersize=8)
+    return float(middle[-1])
+
+
+def _rate_axis(axes: Axes, comparison: Comparison) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(comparison.settings.rates, [f"{rate:g}" for rate in comparison.settings.rates])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write each curve's name at its right end, moved up where it would overlap the one below."""
+    axes.get_ylim()  # settles the limits, which the positions depend on
+    floor = -math.inf
+    for text, value, colour in sorted(labels, key=lambda label: label[1]):
+        _, pixels = axes.transData.transform((1, value))
+        _, height = axes.transAxes.inverted().transform((0, pixels))
+        floor = max(height, floor + LABEL_GAP) if math.isfinite(height) else 0.0
+        axes.text(1.02, floor, text, color=colour, va="center", transform=axes.transAxes)
+
+
+def _padded(values: Sequence[float | None], length: int) -> list[float]:
+    """Return a curve as numbers, NaN where the loss was not finite and after the run's end."""
+    numbers = [math.nan if value is None else value for value in values]
+    return numbers + [math.nan] * (length - len(numbers))
+
+
+def _median(curves: list[list[float]]) -> Any:
+    return np.ma.median(np.ma.masked_invalid(curves), axis=0)  # type: ignore[no-untyped-call]
+
+
+def _range(curves: list[list[float]]) -> tuple[Any, Any]:
+    masked = np.ma.masked_invalid(curves)
+    return masked.min(axis=0), masked.max(axis=0)

@@ -1,0 +1,192 @@
+"""Results: what a comparison measured, as plain values that go to JSON and back."""
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from batchnorm.study.files import write_text
+
+SCHEMA = "batchnorm.compare"
+VERSION = 1
+
+Stage = Literal["sweep", "final"]
+Outcome = Literal["learned", "stuck", "diverged"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train and measure; every arm gets the same.
+
+    Attributes:
+        rates: Learning rates of the sweep, rising; each is where a run's training starts.
+        seeds: Runs for each arm and rate, and again for each arm at its best rate.
+        steps: Training steps of a run.
+        batch: Images in a step.
+        momentum: Of SGD.
+        every: Steps between two records.
+        target: Validation accuracy whose first reaching is noted.
+    """
+
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    seeds: int = 5
+    steps: int = 250
+    batch: int = 32
+    momentum: float = 0.9
+    every: int = 10
+    target: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.rates or list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
+            raise ValueError(f"rates must be positive and rising, got {self.rates}")
+        for name in ("seeds", "steps", "batch", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+QUICK = Settings(rates=(0.01, 0.1, 1.0), seeds=2, steps=30)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        outcome: "diverged" if the loss was not finite or ended higher than it began, "stuck" if it ended no better
+            than guessing all the same, else "learned".
+        steps: Where the curves have their values.
+        loss: Mean training loss since the record before; `None` where not finite.
+        validation: Validation accuracy.
+        steps_to_target: The first recorded step at the target; `None` if there was none.
+        accuracy: Of the trained network: on the validation images in the sweep, on the test images in the end.
+        batch_accuracy: The same with batch in place of running statistics; `None` without batch normalization.
+        seconds: Of training alone, without the measurements.
+    """
+
+    arm: str
+    rate: float
+    seed: int
+    stage: Stage
+    outcome: Outcome
+    steps: tuple[int, ...]
+    loss: tuple[float | None, ...]
+    validation: tuple[float, ...]
+    steps_to_target: int | None
+    accuracy: float
+    batch_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm in a few numbers: at its best rate on the final runs' seeds, and over the whole sweep."""
+
+    arm: str
+    rate: float
+    at_edge: bool
+    accuracy: float
+    lowest: float
+    highest: float
+    batch_accuracy: float | None
+    steps_to_target: float
+    reached_target: int
+    usable_rates: tuple[float, ...]
+    seconds_per_step: float
+    failed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs of a comparison of two arms, the control first, and everything that follows from them."""
+
+    data: str
+    classes: int
+    arms: tuple[str, str]
+    settings: Settings
+    environment: dict[str, str]
+    runs: tuple[Run, ...]
+
+    def __repr__(self) -> str:
+        from batchnorm.study.verdict import judge
+
+        control, treatment = self.arms
+        sentence = judge(self).sentence
+        return f"<Comparison of {treatment!r} with {control!r} on {self.data}, {len(self.runs)} runs. {sentence}>"
+
+    def sweep(self, arm: str, rate: float) -> tuple[Run, ...]:
+        """Return the sweep's runs of an arm at a rate, by seed."""
+        return tuple(run for run in self.runs if (run.arm, run.rate, run.stage) == (arm, rate, "sweep"))
+
+    def final(self, arm: str) -> tuple[Run, ...]:
+        """Return an arm's runs at its best rate, on seeds that did not choose that rate."""
+        return tuple(run for run in self.runs if (run.arm, run.stage) == (arm, "final"))
+
+    def summary(self, arm: str) -> Summary:
+        """Return an arm's summary."""
+        rates, target = self.settings.rates, self.settings.target
+        final = self.final(arm)
+        rate = final[0].rate
+        accuracies = [run.accuracy for run in final]
+        with_batch = [run.batch_accuracy for run in final if run.batch_accuracy is not None]
+        # A run that never reached the target counts as infinitely long: censored, not dropped.
+        to_target = [math.inf if run.steps_to_target is None else run.steps_to_target for run in final]
+        sweep = {rate: self.sweep(arm, rate) for rate in rates}
+        return Summary(
+            arm=arm,
+            rate=rate,
+            at_edge=rate in (rates[0], rates[-1]),
+            accuracy=statistics.mean(accuracies),
+            lowest=min(accuracies),
+            highest=max(accuracies),
+            batch_accuracy=statistics.mean(with_batch) if with_batch else None,
+            steps_to_target=statistics.median(to_target),
+            reached_target=sum(math.isfinite(steps) for steps in to_target),
+            usable_rates=tuple(
+                rate for rate in rates if statistics.median(run.accuracy for run in sweep[rate]) >= target
+            ),
+            seconds_per_step=statistics.median(run.seconds / run.steps[-1] for run in final),
+            failed=sum(run.outcome != "learned" for runs in sweep.values() for run in runs),
+        )
+
+    def to_json(self) -> str:
+        """Return the comparison as JSON of one schema version; it holds no NaN and no infinity."""
+        return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Comparison":
+        """Return the comparison that `to_json` wrote.
+
+        Raises ValueError if the text is of another schema or version.
+        """
+        values = json.loads(text)
+        found = (values.pop("schema", None), values.pop("version", None)) if isinstance(values, dict) else None
+        if found != (SCHEMA, VERSION):
+            raise ValueError(f"expected {SCHEMA} version {VERSION}, got {found}")
+        values["settings"] = Settings(**_tuples(values["settings"]))
+        values["runs"] = tuple(Run(**_tuples(run)) for run in values["runs"])
+        return cls(**_tuples(values))
+
+    def save(self, directory: str | Path) -> tuple[Path, Path]:
+        """Write results.json and report.html into a directory, which is made if need be; return their paths."""
+        from batchnorm.study.report import render  # here, so that reading results needs no plotting library
+
+        directory = Path(directory)
+        contents = {directory / "results.json": self.to_json(), directory / "report.html": render(self)}
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, text in contents.items():
+            write_text(path, text)
+        results, report = contents
+        return results, report
+
+
+def best_rate(runs: list[Run]) -> float:
+    """Return the rate with the highest mean accuracy over seeds; the smallest of equals."""
+    rates = sorted({run.rate for run in runs})
+    return max(rates, key=lambda rate: statistics.mean(run.accuracy for run in runs if run.rate == rate))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON's values with tuples for its lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
