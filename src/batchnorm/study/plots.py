@@ -65,15 +65,12 @@ def loss(figure: Figure, comparison: Comparison) -> None:
     labels = []
     for arm, colour in _coloured(comparison):
         runs = comparison.final(arm)
-        steps = max((run.steps for run in runs), key=len)
-        curves = [_padded(run.loss, len(steps)) for run in runs]
-        middle = _median(curves)
-        axes.plot(steps, middle, color=colour)
-        axes.fill_between(steps, *_range(curves), color=colour, alpha=0.18, linewidth=0)
-        labels.append((f"{arm}\nrate {runs[0].rate:g}", float(middle[-1]), colour))
+        end = _curve(axes, runs, [run.loss for run in runs], colour)
+        labels.append((f"{arm}\nrate {runs[0].rate:g}", end, colour))
     axes.axhline(guessing, color=MUTED, linewidth=0.8, linestyle=":")
-    axes.text(comparison.settings.steps, guessing * 1.05, "guessing", color=MUTED, ha="right")
-    axes.set_xlim(0, comparison.settings.steps)
+    most = comparison.settings.steps
+    axes.annotate("guessing", (most, guessing), (0, 4), textcoords="offset points", color=MUTED, ha="right")
+    axes.set_xlim(0, most)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel="training loss (nats, log scale)")
@@ -86,7 +83,7 @@ def rates(figure: Figure, comparison: Comparison) -> None:
     labels = []
     for row, (arm, colour) in enumerate(_coloured(comparison)):
         by_rate = _by_rate(comparison, arm)
-        labels.append((arm, _line(axes, by_rate, _accuracy, colour, dodge=DODGE ** (2 * row - 1)), colour))
+        labels.append((arm, _line(axes, by_rate, colour, dodge=DODGE ** (2 * row - 1)), colour))
         best = comparison.summary(arm).rate
         ring = 100 * float(np.median([run.accuracy for run in by_rate[best]]))
         axes.plot(best * DODGE ** (2 * row - 1), ring, "o", markersize=14, markerfacecolor="none", color=colour)
@@ -105,14 +102,18 @@ def rates(figure: Figure, comparison: Comparison) -> None:
 
 
 def statistics(figure: Figure, comparison: Comparison) -> None:
-    """Draw the second arm's accuracy with running and with batch statistics against learning rate."""
+    """Draw the second arm's accuracy with running and with batch statistics while it trains at its best rate."""
     axes = figure.subplots()
-    by_rate = _by_rate(comparison, comparison.arms[1])
-    running = _line(axes, by_rate, _accuracy, TREATMENT, dodge=1 / DODGE)
-    batch = _line(axes, by_rate, _batch_accuracy, MUTED, dodge=DODGE)
-    axes.set(ylabel="validation accuracy (%)", xlabel="learning rate (log scale)", ylim=(-3, 103))
-    _rate_axis(axes, comparison)
-    _label_ends(axes, [("running\nstatistics", running, TREATMENT), ("batch\nstatistics", batch, MUTED)])
+    runs = comparison.final(comparison.arms[1])
+    labels = []
+    for name, colour, line, curves in (
+        ("running\nstatistics", TREATMENT, "-", [run.validation for run in runs]),
+        ("batch\nstatistics", INK, "--", [run.validation_batch for run in runs]),
+    ):
+        percent = [[100 * share for share in curve] for curve in curves]
+        labels.append((name, _curve(axes, runs, percent, colour, line), colour))
+    axes.set(xlabel="step", ylabel="validation accuracy (%)", xlim=(0, comparison.settings.steps), ylim=(0, 103))
+    _label_ends(axes, labels)
 
 
 def _coloured(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -123,25 +124,28 @@ def _by_rate(comparison: Comparison, arm: str) -> dict[float, tuple[Run, ...]]:
     return {rate: comparison.sweep(arm, rate) for rate in comparison.settings.rates}
 
 
-def _accuracy(run: Run) -> float:
-    return 100 * run.accuracy
-
-
-def _batch_accuracy(run: Run) -> float:
-    return math.nan if run.batch_accuracy is None else 100 * run.batch_accuracy
-
-
-def _line(
-    axes: Axes, by_rate: dict[float, tuple[Run, ...]], value: Callable[[Run], float], colour: str, dodge: float
+def _curve(
+    axes: Axes, runs: Sequence[Run], curves: Sequence[Sequence[float | None]], colour: str, line: str = "-"
 ) -> float:
-    """Draw medians over seeds with their ranges, failed runs as crosses; return where the line ends."""
-    values = [[value(run) for run in runs] for runs in by_rate.values()]
-    middle = np.median(values, axis=1)
+    """Draw the median over seeds of curves over steps, and their range; return its last finite value."""
+    steps = max((run.steps for run in runs), key=len)
+    padded = np.ma.masked_invalid([_padded(curve, len(steps)) for curve in curves])
+    middle = np.ma.median(padded, axis=0)  # type: ignore[no-untyped-call]
+    axes.plot(steps, middle, line, color=colour)
+    axes.fill_between(steps, padded.min(axis=0), padded.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+    finite = middle.compressed()
+    return float(finite[-1]) if len(finite) else math.inf
+
+
+def _line(axes: Axes, by_rate: dict[float, tuple[Run, ...]], colour: str, dodge: float) -> float:
+    """Draw accuracies over rates: medians over seeds, ranges, failed runs as crosses; return where the line ends."""
+    shares = [[100 * run.accuracy for run in runs] for runs in by_rate.values()]
+    middle = np.median(shares, axis=1)
     x = np.array(list(by_rate)) * dodge
     axes.plot(x, middle, "o-", color=colour, markersize=5)
-    axes.vlines(x, np.min(values, axis=1), np.max(values, axis=1), color=colour, linewidth=1)
+    axes.vlines(x, np.min(shares, axis=1), np.max(shares, axis=1), color=colour, linewidth=1)
     for rate, runs in by_rate.items():
-        failed = [value(run) for run in runs if run.outcome != "learned"]
+        failed = [100 * run.accuracy for run in runs if run.outcome != "learned"]
         axes.plot([rate * dodge] * len(failed), failed, "x", color=colour, markersize=8)
     return float(middle[-1])
 
@@ -153,26 +157,23 @@ def _rate_axis(axes: Axes, comparison: Comparison) -> None:
 
 
 def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each curve's name at its right end, moved up where it would overlap the one below."""
+    """Write the names of two curves at their right ends, a little apart where the curves end together."""
     axes.get_ylim()  # settles the limits, which the positions depend on
-    floor = -math.inf
-    for text, value, colour in sorted(labels, key=lambda label: label[1]):
-        _, pixels = axes.transData.transform((1, value))
-        _, height = axes.transAxes.inverted().transform((0, pixels))
-        floor = max(height, floor + LABEL_GAP) if math.isfinite(height) else 0.0
-        axes.text(1.02, floor, text, color=colour, va="center", transform=axes.transAxes)
+    lower, upper = sorted(labels, key=lambda label: label[1])
+    low, high = (_height(axes, value) for _, value, _ in (lower, upper))
+    shift = max(0.0, LABEL_GAP - (high - low)) / 2
+    for (text, _, colour), height in ((lower, low - shift), (upper, high + shift)):
+        axes.text(1.02, height, text, color=colour, va="center", transform=axes.transAxes)
+
+
+def _height(axes: Axes, value: float) -> float:
+    """Return where a value is between the foot of the axes, 0, and their top, 1."""
+    _, pixels = axes.transData.transform((1, value))
+    _, height = axes.transAxes.inverted().transform((0, pixels))
+    return float(np.clip(height, 0, 1))
 
 
 def _padded(values: Sequence[float | None], length: int) -> list[float]:
     """Return a curve as numbers, NaN where the loss was not finite and after the run's end."""
     numbers = [math.nan if value is None else value for value in values]
     return numbers + [math.nan] * (length - len(numbers))
-
-
-def _median(curves: list[list[float]]) -> Any:
-    return np.ma.median(np.ma.masked_invalid(curves), axis=0)  # type: ignore[no-untyped-call]
-
-
-def _range(curves: list[list[float]]) -> tuple[Any, Any]:
-    masked = np.ma.masked_invalid(curves)
-    return masked.min(axis=0), masked.max(axis=0)

@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.study import plots
-from batchnorm.study.results import Comparison
+from batchnorm.study.results import Comparison, mean_accuracy, mean_batch_accuracy
 from batchnorm.study.verdict import bootstrap, judge, points
 
 
@@ -22,17 +22,22 @@ def render(comparison: Comparison) -> str:
     environment.filters["percent"] = percent
     environment.filters["steps"] = steps
     control, treatment = (comparison.summary(arm) for arm in comparison.arms)
+    check = running_against_batch(comparison)
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         settings=comparison.settings,
         verdict=judge(comparison),
         control=control,
         treatment=treatment,
-        check=running_against_batch(comparison),
+        mean_accuracy=mean_accuracy,
+        mean_batch_accuracy=mean_batch_accuracy,
+        check=check,
         # Matplotlib has escaped the names in the figures.
         loss_plot=Markup(plots.svg(plots.loss, comparison, "Training loss against step")),
         rate_plot=Markup(plots.svg(plots.rates, comparison, "Validation accuracy against learning rate", height=4.6)),
-        statistics_plot=Markup(plots.svg(plots.statistics, comparison, "Accuracy with running and batch statistics")),
+        statistics_plot=Markup(plots.svg(plots.statistics, comparison, "Running against batch statistics"))
+        if check
+        else None,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,8 @@ class Run:
         steps: Where the curves have their values.
         loss: Mean training loss since the record before; `None` where not finite.
         validation: Validation accuracy.
+        validation_batch: The same with batch in place of running statistics; empty without batch normalization, and
+            in the sweep.
         steps_to_target: The first recorded step at the target; `None` if there was none.
         accuracy: Of the trained network: on the validation images in the sweep, on the test images in the end.
         batch_accuracy: The same with batch in place of running statistics; `None` without batch normalization.
@@ -73,6 +76,7 @@ class Run:
     steps: tuple[int, ...]
     loss: tuple[float | None, ...]
     validation: tuple[float, ...]
+    validation_batch: tuple[float, ...]
     steps_to_target: int | None
     accuracy: float
     batch_accuracy: float | None
@@ -129,7 +133,6 @@ class Comparison:
         final = self.final(arm)
         rate = final[0].rate
         accuracies = [run.accuracy for run in final]
-        with_batch = [run.batch_accuracy for run in final if run.batch_accuracy is not None]
         # A run that never reached the target counts as infinitely long: censored, not dropped.
         to_target = [math.inf if run.steps_to_target is None else run.steps_to_target for run in final]
         sweep = {rate: self.sweep(arm, rate) for rate in rates}
@@ -137,10 +140,10 @@ class Comparison:
             arm=arm,
             rate=rate,
             at_edge=rate in (rates[0], rates[-1]),
-            accuracy=statistics.mean(accuracies),
+            accuracy=mean_accuracy(final),
             lowest=min(accuracies),
             highest=max(accuracies),
-            batch_accuracy=statistics.mean(with_batch) if with_batch else None,
+            batch_accuracy=mean_batch_accuracy(final),
             steps_to_target=statistics.median(to_target),
             reached_target=sum(math.isfinite(steps) for steps in to_target),
             usable_rates=tuple(
@@ -181,10 +184,21 @@ class Comparison:
         return results, report
 
 
-def best_rate(runs: list[Run]) -> float:
+def mean_accuracy(runs: Sequence[Run]) -> float:
+    """Return the mean accuracy of runs."""
+    return statistics.mean(run.accuracy for run in runs)
+
+
+def mean_batch_accuracy(runs: Sequence[Run]) -> float | None:
+    """Return the mean accuracy of runs with batch statistics; `None` without batch normalization."""
+    accuracies = [run.batch_accuracy for run in runs if run.batch_accuracy is not None]
+    return statistics.mean(accuracies) if accuracies else None
+
+
+def best_rate(runs: Sequence[Run]) -> float:
     """Return the rate with the highest mean accuracy over seeds; the smallest of equals."""
     rates = sorted({run.rate for run in runs})
-    return max(rates, key=lambda rate: statistics.mean(run.accuracy for run in runs if run.rate == rate))
+    return max(rates, key=lambda rate: mean_accuracy([run for run in runs if run.rate == rate]))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

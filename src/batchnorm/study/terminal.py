@@ -1,16 +1,17 @@
 """The terminal: the progress of a comparison and its table of results."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from batchnorm.study import compare
 from batchnorm.study.report import percent, steps
-from batchnorm.study.results import Comparison
+from batchnorm.study.results import Comparison, Summary
 
 
 @contextmanager
@@ -23,30 +24,21 @@ def progress(console: Console) -> Iterator[compare.Progress]:
 
 
 def table(comparison: Comparison) -> Table:
-    """Return the results as a table, an arm a row."""
+    """Return the results as a table, an arm a column."""
     settings = comparison.settings
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("")
-    for heading in (
-        "best rate",
-        "test accuracy",
-        "range",
-        f"steps to {settings.target:.0%}",
-        f"rates that reach {settings.target:.0%}",
-        "failed runs",
-        "ms a step",
-    ):
-        result.add_column(heading, justify="right")
-    for arm in comparison.arms:
-        summary = comparison.summary(arm)
-        result.add_row(
-            arm,
-            f"{summary.rate:g}{' (edge)' if summary.at_edge else ''}",
-            percent(summary.accuracy),
-            f"{percent(summary.lowest)} to {percent(summary.highest)}",
-            steps(summary.steps_to_target, settings.steps),
-            ", ".join(f"{rate:g}" for rate in summary.usable_rates) or "none",
-            f"{summary.failed} of {len(settings.rates) * settings.seeds}",
-            f"{1000 * summary.seconds_per_step:.1f}",
-        )
+    target = f"{settings.target:.0%}"
+    arms = [comparison.summary(arm) for arm in comparison.arms]
+    result = Table("", *(Column(Text(arm.arm), justify="right") for arm in arms), box=box.SIMPLE_HEAD)
+    rows: dict[str, Callable[[Summary], str]] = {
+        "best learning rate": lambda arm: f"{arm.rate:g}{' (edge)' if arm.at_edge else ''}",
+        "test accuracy, mean": lambda arm: percent(arm.accuracy),
+        "  lowest to highest": lambda arm: f"{percent(arm.lowest)} to {percent(arm.highest)}",
+        "  with batch statistics": lambda arm: percent(arm.batch_accuracy),
+        f"steps to {target}, median": lambda arm: steps(arm.steps_to_target, settings.steps),
+        f"rates that reach {target}": lambda arm: ", ".join(f"{rate:g}" for rate in arm.usable_rates) or "none",
+        "failed runs of the sweep": lambda arm: f"{arm.failed} of {len(settings.rates) * settings.seeds}",
+        "time a step, median": lambda arm: f"{1000 * arm.seconds_per_step:.1f} ms",
+    }
+    for heading, value in rows.items():
+        result.add_row(heading, *(value(arm) for arm in arms))
     return result

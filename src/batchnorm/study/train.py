@@ -18,14 +18,16 @@ from batchnorm.study.results import Outcome, Run, Settings, Stage
 def train(arm: Arm, data: Data, rate: float, seed: int, stage: Stage, settings: Settings) -> Run:
     """Train one network and return what was measured.
 
-    SGD with momentum; the rate falls to zero along a cosine. The seed sets the initial weights and the order of the data, the same for every arm and rate. A loss that is
-    not finite ends the run, which counts as diverged.
+    SGD with momentum; the rate falls to zero along a cosine. The seed sets the initial weights and the order of the
+    data, the same for every arm and rate. A loss that is not finite ends the run, which counts as diverged.
     """
     with _one_thread():
         model = build(arm, seed)
         curves = _Curves(settings.target)
         for step, losses, seconds in _steps(model, data.train, rate, seed, settings):
             curves.record(step, losses, seconds, accuracy(model, data.validation))
+            if stage == "final":  # only the runs that are drawn step by step are worth the time that this takes
+                curves.record_batch(batch_accuracy(model, data.validation, settings.batch))
         measured_on = data.test if stage == "final" else data.validation
         return Run(
             arm=arm.name,
@@ -36,6 +38,7 @@ def train(arm: Arm, data: Data, rate: float, seed: int, stage: Stage, settings: 
             steps=tuple(curves.steps),
             loss=tuple(curves.loss),
             validation=tuple(curves.validation),
+            validation_batch=tuple(curves.validation_batch),
             steps_to_target=curves.steps_to_target,
             accuracy=accuracy(model, measured_on),
             batch_accuracy=batch_accuracy(model, measured_on, settings.batch),
@@ -107,6 +110,7 @@ class _Curves:
         self.steps: list[int] = []
         self.loss: list[float | None] = []
         self.validation: list[float] = []
+        self.validation_batch: list[float] = []
         self.steps_to_target: int | None = None
         self.seconds = 0.0
 
@@ -118,6 +122,10 @@ class _Curves:
         self.seconds += seconds
         if self.steps_to_target is None and validation >= self.target:
             self.steps_to_target = step
+
+    def record_batch(self, validation: float | None) -> None:
+        if validation is not None:
+            self.validation_batch.append(validation)
 
     def outcome(self, guessing: float) -> Outcome:
         """Name the run's end, given the loss of guessing every class equally often."""

@@ -1,0 +1,82 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from batchnorm.cli import main
+from batchnorm.study.results import Comparison
+
+QUICK = ["compare", "--quick", "--seeds", "1", "--steps", "2"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_compare_writes_its_results_and_says_the_answer(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["compare", "--quick", "--out", str(tmp_path)], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    for text in ("no norm", "batch norm", "test accuracy", "Inconclusive: ", "a verdict needs at least 5 seeds."):
+        assert text in result.output
+    comparison = Comparison.from_json((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert comparison.settings.seeds == 2
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_command_runs_as_a_process(tmp_path: Path) -> None:
+    result = run("-m", "batchnorm.cli", *QUICK, "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert str(tmp_path / "out" / "report.html") in result.stdout
+
+
+def test_a_path_that_cannot_be_written_is_one_line_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: .*Not a directory: .*\n", result.output)
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--steps", "-1"], ["--seeds", "x"]])
+def test_wrong_numbers_are_usage_errors(wrong: list[str]) -> None:
+    result = CliRunner().invoke(main, ["compare", *wrong])
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
+
+
+@pytest.mark.parametrize("missing", ["click", "joblib"])
+def test_without_the_tools_one_line_says_how_to_get_them(missing: str, tmp_path: Path) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; from batchnorm.cli import main; main()"
+    result = run("-c", program, *QUICK, "--out", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert re.fullmatch(r"batchnorm: .* is missing; .*: pip install 'batchnorm\[tools\]'\n", result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_does_without_torch_and_the_tools() -> None:
+    program = "import sys; import batchnorm.cli; print(*sys.modules)"
+    loaded = run("-c", program).stdout.split()
+    assert "batchnorm.cli" in loaded
+    assert not {"torch", "numba", "rich", "matplotlib", "sklearn", "joblib", "jinja2"} & set(loaded)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
+def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "batchnorm.cli", "compare", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "out").exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "batchnorm: stopped; nothing was written\n"
+    assert list((tmp_path / "out").iterdir()) == []
