@@ -6,8 +6,7 @@ The division depends on the tensor's shape alone, so that results are the same f
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,36 +17,47 @@ from batchnorm.kernels import launch
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
-_SMALL_SPACE = 64  # below this a run is too short for planes
-_COLUMNS = 512  # the loops' limit
-_RUN = 16384  # neighbours in one part of a long run
+_SMALL_SPACE = 64  # runs shorter than this are seen as columns
+_COLUMNS = 512  # the loops' limit of columns in a block
+_GROUP = 16  # the loops' limit of channels in a group
+_LONG = 16384  # neighbours in one part of a long run
 _PER_THREAD = 32 * 1024  # bytes that are worth waking a thread for
 
 
-class View(NamedTuple):
-    """A tensor as batch × channels × space, and which of the loops' views fits: "planes", "small" or "rows"."""
+class Plan(NamedTuple):
+    """How a tensor is seen, batch × channels × space in the view `kind` ("planes", "small" or "rows"), and how the work is cut.
+
+    Fused work keeps a block of channels or columns in cache between its two passes. Other work is cut into `parts` of `block`
+    neighbours (planes) or rows, and one pass ends before the next begins.
+    """
 
     kind: str
     batch: int
     channels: int
     space: int
-
-
-class Division(NamedTuple):
-    """How the work is cut: `parts` of `block` (rows, neighbours) in separate passes, or blocks of columns in one fused pass."""
-
     fused: bool
     parts: int
     block: int
+    worth_threads: int
+    streams: bool  # the output is large and regular enough to be written around the caches
+    statistics: torch.dtype  # of weight, bias, running statistics and their gradients
 
 
 class Running(NamedTuple):
     """The buffers that a training step moves, and the weight of the new value (negative: the cumulative average)."""
 
-    mean: Tensor | None
-    var: Tensor | None
-    count: Tensor | None
-    factor: float
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batches: Tensor | None = None
+    factor: float = 0.0
+
+
+class Gradients(NamedTuple):
+    """Of x, weight and bias; None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def supports(x: Tensor) -> bool:
@@ -55,42 +65,69 @@ def supports(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type == "cpu" and x.layout == torch.strided and 2 <= x.dim() <= 5
 
 
-def view(x: Tensor) -> View | None:
-    """How the loops can see x without a copy; None if they can't."""
-    shape = x.shape
-    batch, channels = shape[0], shape[1]
+def laid_out(x: Tensor) -> Tensor:
+    """x itself where the loops can read it, else a copy that they can."""
+    return x if _plan(x.shape, x.stride(), x.dtype) is not None else x.contiguous()
+
+
+# --- planning ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan(x: Tensor) -> Plan:
+    """The plan for a tensor that `laid_out` returned."""
+    found = _plan(x.shape, x.stride(), x.dtype)
+    if found is None:
+        raise ValueError(f"no CPU loop reads strides {x.stride()} of shape {tuple(x.shape)}: pass laid_out(x)")
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
+    seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
+    if seen is None:
+        return None
+    kind, batch, channels, space = seen
+    itemsize = dtype.itemsize
+    size = batch * channels * space * itemsize
+    fused, parts, block = _divide(kind, batch, channels, space, itemsize)
+    run = {"rows": channels, "planes": space, "small": channels * space if block % 8 == 0 else 1}[kind]
+    return Plan(
+        kind, batch, channels, space, fused, parts, block,
+        worth_threads=1 + size // _PER_THREAD,
+        streams=size >= _beyond_cache() and run % 8 == 0,
+        statistics=torch.float64 if dtype == torch.float64 else torch.float32,
+    )  # fmt: skip
+
+
+def _view(x: Tensor) -> tuple[str, int, int, int] | None:
+    batch, channels = x.shape[0], x.shape[1]
+    space = x.numel() // (batch * channels)
     if x.is_contiguous():
-        space = x.numel() // (batch * channels)
         if space == 1:
-            return View("rows", batch, channels, 1)
+            return "rows", batch, channels, 1
         if channels == 1:  # every value is the channel's: one long run
-            return View("planes", 1, 1, batch * space)
-        return View("small" if space < _SMALL_SPACE else "planes", batch, channels, space)
+            return "planes", 1, 1, batch * space
+        return "small" if space < _SMALL_SPACE else "planes", batch, channels, space
     if x.stride(1) == 1 and x.movedim(1, -1).is_contiguous():
-        return View("rows", batch, channels, x.numel() // (batch * channels))
+        return "rows", batch, channels, space
     return None
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """x itself where the loops can read it, else a copy that they can."""
-    return x if view(x) is not None else x.contiguous()
-
-
-@cache
-def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> Division:
+def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> tuple[bool, int, int]:
+    """(fused, parts, block)."""
     if kind == "planes":
         if channels >= 8 or batch * channels * space * itemsize <= _SLAB:
-            return Division(True, 0, 0)
-        return Division(False, -(-space // _RUN), _RUN)
+            fits = _SLAB // (batch * space * itemsize)
+            return True, 0, max(1, min(_GROUP, fits, channels // 16))
+        return False, -(-space // _LONG), _LONG
     if kind == "small":
-        return Division(True, 0, _COLUMNS // space * space)
+        return True, 0, _COLUMNS // space * space
     rows = batch * space
-    for width in (512, 256, 128):
-        if rows * min(width, channels) * itemsize <= _SLAB:
-            return Division(True, 0, width)
-    block = max(_SLAB // (channels * itemsize), -(-rows // 64), 4)
-    block = -(-block // 4) * 4
-    return Division(False, -(-rows // block), block)
+    if rows * min(_COLUMNS, channels) * itemsize <= _SLAB:
+        return True, 0, _COLUMNS
+    block = max(_SLAB // (channels * itemsize), -(-rows // 32), 8)
+    block = -(-block // 8) * 8
+    return False, -(-rows // block), block
 
 
 @cache
@@ -103,190 +140,155 @@ def _beyond_cache() -> int:
     return (last_level if last_level > 0 else 32 * 2**20) // 2
 
 
-@dataclass
-class _Work:
-    """One call's slots (loops.py names them), filled in step by step."""
+# --- launching ---------------------------------------------------------------------------------------------------------------------
 
-    x: Tensor
-    view: View
-    division: Division
-    threads: int
-    dy: int = 0
-    out: int = 0
-    weight: int = 0
-    bias: int = 0
-    moments: int = 0
-    coefficients: int = 0
-    partials: int = 0
-    grad_weight: int = 0
-    grad_bias: int = 0
-    dy_strides: tuple[int, int, int] = (0, 0, 0)
-    stream: bool = False
-    eps: float = 0.0
-    running: tuple[int, int, int, float] = (0, 0, 0, 0.0)
 
-    def run(self, name: str, threads: int | None = None) -> None:
-        v, d = self.view, self.division
+class _Call:
+    """One call's memory and plan, as the loops' slots."""
+
+    def __init__(self, x: Tensor, planned: Plan, eps: float) -> None:
+        self.x, self.plan, self.eps = x, planned, eps
+        self.dy = self.out = self.weight = self.bias = self.moments = 0
+        self.coefficients = self.partials = self.grad_weight = self.grad_bias = 0
+        self.running: tuple[int, int, int] = (0, 0, 0)
+        self.factor = 0.0
+        self.dy_strides: tuple[int, int, int] = (0, 0, 0)
+        self.stream = False
+
+    def run(self, name: str, threads: int | None = None) -> bool:
+        p = self.plan
         slots = (
-            self.x.data_ptr(), self.dy, self.out, self.weight, self.bias, *self.running[:3],
+            self.x.data_ptr(), self.dy, self.out, self.weight, self.bias, *self.running,
             self.moments, self.coefficients, self.partials, self.grad_weight, self.grad_bias,
-            v.batch, v.channels, v.space, 1 if v.kind == "rows" else v.space, *self.dy_strides,
-            d.parts, d.block, self.stream, self.eps, self.running[3],
+            p.batch, p.channels, p.space, 1 if p.kind == "rows" else p.space, *self.dy_strides,
+            p.parts, p.block, self.stream, self.eps, self.factor,
         )  # fmt: skip
-        launch.run(launch.kernel(name, self.x.dtype), slots, self.threads if threads is None else threads)
+        if threads is None:
+            threads = 1 if p.worth_threads == 1 else min(torch.get_num_threads(), p.worth_threads)
+        return launch.run(launch.kernel(name, self.x.dtype), slots, threads)
+
+    def writes(self, out: Tensor) -> Tensor:
+        self.out = out.data_ptr()
+        self.stream = self.plan.streams and self.out % 64 == 0
+        return out
 
     def between_passes(self, coefficients: int) -> Tensor:
         """Memory for the parts' sums and for the coefficients, from one allocation (float64 slots serve both)."""
-        sums = 2 * self.division.parts * self.view.channels
-        memory = torch.empty(sums + coefficients * self.view.channels, dtype=torch.float64)
+        sums = 2 * self.plan.parts * self.plan.channels
+        memory = torch.empty(sums + coefficients * self.plan.channels, dtype=torch.float64)
         self.partials = memory.data_ptr()
         self.coefficients = self.partials + 8 * sums
         return memory
-
-
-def _work(x: Tensor) -> _Work:
-    seen = view(x)
-    assert seen is not None, "callers pass what laid_out() returned"
-    size = x.numel() * x.element_size()
-    threads = min(torch.get_num_threads(), 1 + size // _PER_THREAD)
-    return _Work(x, seen, _divide(*seen, x.element_size()), threads)
-
-
-def _can_stream(work: _Work, out: Tensor) -> bool:
-    if out.numel() * out.element_size() < _beyond_cache() or out.data_ptr() % 64:
-        return False
-    run = work.view.channels if work.view.kind == "rows" else work.view.space
-    if work.view.kind == "small":
-        return work.view.channels * run % 8 == 0 and work.division.block % 8 == 0
-    return run % 8 == 0
-
-
-def parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """weight or bias as the loops read it: contiguous, float32 (float64 beside a float64 x)."""
-    if t is None:
-        return None
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return t if t.dtype == wanted and t.is_contiguous() else t.to(wanted).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> tuple[Tensor, Tensor]:
+def _as_statistics(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A channel vector as the loops read it."""
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """Normalize with the batch's own moments; returns y and the moments (2, C): mean and biased variance, float64."""
-    work = _work(x)
-    y = torch.empty_like(x)
-    moments = torch.empty((2, work.view.channels), dtype=torch.float64)
-    weight, bias = parameter(weight, x), parameter(bias, x)
-    work.out, work.weight, work.bias, work.moments, work.eps = (
-        y.data_ptr(), _address(weight), _address(bias), moments.data_ptr(), eps,
-    )  # fmt: skip
-    work.stream = _can_stream(work, y)
-    kind = work.view.kind
-    if work.division.fused:
-        work.run(f"{kind}_forward")
+    planned = plan(x)
+    call = _Call(x, planned, eps)
+    y = call.writes(torch.empty_like(x))
+    moments = torch.empty((2, planned.channels), dtype=torch.float64)
+    weight, bias = _as_statistics(weight, planned.statistics), _as_statistics(bias, planned.statistics)
+    call.weight, call.bias, call.moments = _address(weight), _address(bias), moments.data_ptr()
+    if running is not None:
+        call.running = (_address(running.mean), _address(running.var), _address(running.batches))
+        call.factor = running.factor
+    if planned.fused:
+        alone = call.run(f"{planned.kind}_forward")
+        if running is not None and not alone:
+            call.run("update_running", threads=1)
     else:
-        memory = work.between_passes(coefficients=3)
-        work.run(f"{kind}_reduce")
-        work.run("combine", threads=1)
-        work.run(f"{kind}_apply")
-        del memory
-    if running.mean is not None or running.count is not None:
-        work.running = (_address(running.mean), _address(running.var), _address(running.count), running.factor)
-        work.run("update_running", threads=1)
+        _memory = call.between_passes(coefficients=3)  # named, so that it lives until the last pass is done
+        call.run(f"{planned.kind}_reduce")
+        call.run("combine", threads=1)
+        call.run(f"{planned.kind}_apply")
     return y, moments
-
-
-def evaluate(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalize with given moments."""
-    work = _work(x)
-    y = torch.empty_like(x)
-    moments = torch.stack((mean.double(), var.double()))
-    weight, bias = parameter(weight, x), parameter(bias, x)
-    work.weight, work.bias, work.moments, work.eps = _address(weight), _address(bias), moments.data_ptr(), eps
-    _apply(work, y, "prepare")
-    return y
-
-
-def _apply(work: _Work, y: Tensor, prepare: str) -> None:
-    work.out, work.stream = y.data_ptr(), _can_stream(work, y)
-    if work.view.kind != "rows":
-        work.division = Division(False, -(-work.view.space // _RUN), _RUN)
-    coefficients = torch.empty(3 * work.view.channels, dtype=torch.float64)
-    work.coefficients = coefficients.data_ptr()
-    work.run(prepare, threads=1)
-    work.run("rows_apply" if work.view.kind == "rows" else "planes_apply")
-
-
-def _readable_gradient(dy: Tensor, x: Tensor, seen: View) -> tuple[Tensor, tuple[int, int, int]]:
-    """dy, or a copy laid out like x, with its strides over batch, channels and space; expanded gradients stay expanded."""
-    dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-    if dy.stride() == x.stride() or (dy.is_contiguous() and x.is_contiguous()):
-        return dy, (
-            (seen.channels * seen.space, seen.space, 1) if seen.kind != "rows" else (seen.channels * seen.space, 1, seen.channels)
-        )
-    if seen.kind != "rows" and seen.channels > 1:
-        step = _uniform_step(dy)
-        if step in (0, 1):
-            return dy, (dy.stride(0), dy.stride(1), step)
-    if seen.kind == "rows" and dy.stride(1) == 1 and dy.dim() > 2:
-        step = _uniform_step(dy)
-        if step is not None:
-            return dy, (dy.stride(0), 1, step)
-    if seen.kind == "rows" and dy.dim() == 2 and dy.stride(1) == 1:
-        return dy, (dy.stride(0), 1, 0)
-    return _readable_gradient(torch.empty_like(x).copy_(dy), x, seen)
-
-
-def _uniform_step(dy: Tensor) -> int | None:
-    """The one stride that walks through all of dy's space in order, if there is one."""
-    step: int | None = None
-    expected = None
-    for size, stride in zip(reversed(dy.shape[2:]), reversed(dy.stride()[2:]), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = stride
-        elif stride != expected:
-            return None
-        expected = stride * size
-    return step
-
-
-class Gradients(NamedTuple):
-    x: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
 ) -> Gradients:
-    """Gradients of x, weight and bias through the batch's moments; None where not wanted."""
-    work = _work(x)
-    dy, work.dy_strides = _readable_gradient(dy, x, work.view)
-    kind = work.view.kind
-    if kind == "small" and dy.stride() != x.stride():
-        kind = "planes"
-    need_x, need_weight, need_bias = wanted
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx = torch.empty_like(x) if need_x else None
-    grad_weight = torch.empty(work.view.channels, dtype=dtype) if need_weight else None
-    grad_bias = torch.empty(work.view.channels, dtype=dtype) if need_bias else None
-    weight = parameter(weight, x)
-    work.dy, work.out, work.weight, work.moments, work.eps = (
-        dy.data_ptr(), _address(dx), _address(weight), moments.data_ptr(), eps,
-    )  # fmt: skip
-    work.grad_weight, work.grad_bias = _address(grad_weight), _address(grad_bias)
-    work.stream = dx is not None and _can_stream(work, dx)
-    if work.division.fused:
-        work.run(f"{kind}_backward")
+    """Gradients through the batch's moments of x, weight and bias, each only if wanted."""
+    planned = plan(x)
+    call = _Call(x, planned, eps)
+    dy, call.dy_strides = _readable(dy, x, planned)
+    call.dy, call.moments = dy.data_ptr(), moments.data_ptr()
+    dx = call.writes(torch.empty_like(x)) if wanted[0] else None
+    grad_weight, grad_bias = _vector(planned, wanted[1]), _vector(planned, wanted[2])
+    weight = _as_statistics(weight, planned.statistics)
+    call.weight, call.grad_weight, call.grad_bias = _address(weight), _address(grad_weight), _address(grad_bias)
+    if planned.fused:
+        if planned.kind == "small" and call.dy_strides[1:] != (planned.space, 1):  # a sample of dy is no row of columns
+            call.plan = planned = planned._replace(kind="planes", block=1)
+        call.run(f"{planned.kind}_backward")
     else:
-        memory = work.between_passes(coefficients=4)
-        work.run(f"{kind}_backward_reduce")
-        work.run("backward_combine", threads=1)
+        _memory = call.between_passes(coefficients=4)
+        call.run(f"{planned.kind}_backward_reduce")
+        call.run("backward_combine", threads=1)
         if dx is not None:
-            work.run(f"{kind}_backward_apply")
-        del memory
+            call.run(f"{planned.kind}_backward_apply")
     return Gradients(dx, grad_weight, grad_bias)
+
+
+def _vector(planned: Plan, wanted: bool) -> Tensor | None:
+    return torch.empty(planned.channels, dtype=planned.statistics) if wanted else None
+
+
+def evaluate(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalize with given moments."""
+    planned = plan(x)
+    if planned.kind != "rows":
+        planned = planned._replace(parts=-(-planned.space // _LONG), block=_LONG, streams=planned.streams and planned.space % 8 == 0)
+    call = _Call(x, planned, eps)
+    y = call.writes(torch.empty_like(x))
+    memory = torch.empty((5, planned.channels), dtype=torch.float64)
+    memory[0].copy_(mean)
+    memory[1].copy_(var)
+    weight, bias = _as_statistics(weight, planned.statistics), _as_statistics(bias, planned.statistics)
+    call.weight, call.bias, call.moments = _address(weight), _address(bias), memory.data_ptr()
+    call.coefficients = call.moments + 16 * planned.channels
+    call.run("prepare", threads=1)
+    call.run("rows_apply" if planned.kind == "rows" else "planes_apply")
+    return y
+
+
+# --- gradients of every layout -----------------------------------------------------------------------------------------------------
+
+
+def _readable(dy: Tensor, x: Tensor, planned: Plan) -> tuple[Tensor, tuple[int, int, int]]:
+    """dy, or a copy laid out like x, and its strides over batch, channels and space; expanded gradients are read as they are."""
+    if dy.dtype != x.dtype:
+        dy = dy.to(x.dtype)
+    whole = planned.channels * planned.space
+    if dy.stride() == x.stride() or (dy.is_contiguous() and x.is_contiguous()):
+        return dy, (whole, 1, planned.channels) if planned.kind == "rows" else (whole, planned.space, 1)
+    step = _step(dy) if planned.channels > 1 else None
+    if step is not None and (dy.stride(1) == 1 if planned.kind == "rows" else step in (0, 1)):
+        return dy, (dy.stride(0), dy.stride(1), step)
+    return _readable(torch.empty_like(x).copy_(dy), x, planned)
+
+
+def _step(dy: Tensor) -> int | None:
+    """The one stride that walks through all of dy's space in order, if there is one."""
+    step = following = 0
+    for size, stride in zip(reversed(dy.shape[2:]), reversed(dy.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if following == 0 and step == 0:
+            step = stride
+        elif stride != following:
+            return None
+        following = stride * size
+    return step

@@ -76,20 +76,24 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="batchnorm")
 
 
-def run(kernel: Kernel, slots: tuple[Any, ...], threads: int) -> None:
-    """Call the kernel with the packed slots on up to `threads` threads, this one included, and wait for all of them."""
+def run(kernel: Kernel, slots: tuple[Any, ...], threads: int) -> bool:
+    """Call the kernel with the packed slots on up to `threads` threads, this one included, and wait for all of them.
+
+    Returns whether it ran on this thread alone.
+    """
     arguments = _SLOTS.pack(*slots)
     if threads <= 1 or _forked:
         kernel.call(arguments + _SERIAL)
-        return
+        return True
     omp = openmp()
     if omp is not None:
         omp.parallel(kernel.address, arguments + omp.team, threads, 0)
-        return
+        return False
     others = [_python_threads().submit(kernel.call, arguments + _TEAM.pack(i, threads, 0, 0)) for i in range(1, threads)]
     kernel.call(arguments + _TEAM.pack(0, threads, 0, 0))
     for other in others:
         other.result()
+    return False
 
 
 class Kernel:

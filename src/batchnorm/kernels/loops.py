@@ -22,7 +22,7 @@ import math
 import numba
 from numba import types
 
-from batchnorm.kernels.simd import alloca, call_int, convert, fence, fma, load, offset, pointer, reinterpret, splat, store, stream, total
+from batchnorm.kernels.simd import alloca, call_int, convert, fence, fma, load, offset, pointer, prefetch, reinterpret, splat, store, stream, total
 
 f32, f64 = types.float32, types.float64
 i64 = types.int64
@@ -36,6 +36,9 @@ i64 = types.int64
 
 COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
 FOUR_COLUMNS = 4 * COLUMNS
+GROUP = 16  # the most channels whose short runs are read together
+THREE_GROUPS, FOUR_GROUPS = 3 * GROUP, 4 * GROUP
+STRETCH = 32768  # values that are read forwards in a pass that goes backwards
 VALUES = 2048  # that many values of a channel share a shift and sum up in float32
 
 loop = numba.njit(error_model="numpy", forceinline=True)  # no fast-math: NaN must stay NaN, and sums keep their order
@@ -115,11 +118,17 @@ def backward_coefficients(a, c, param, acc, s, t, count):
 
 @body
 def update_running(a, thread, threads, stored, param, acc):
-    """Move the running statistics towards the batch's moments and count the batch; not at all if any moment is not finite."""
-    moments = pointer(a[MOMENTS], f64)
-    channels = a[CHANNELS]
-    for i in range(2 * channels):
-        if not math.isfinite(moments[i]):
+    """Move the running statistics towards the batch's moments and count the batch.
+
+    Not at all if any of them would be stored as something not finite: one bad batch must not poison inference for good.
+    """
+    if a[RUNNING_MEAN] == 0 and a[COUNTER] == 0:
+        return
+    moments, channels = pointer(a[MOMENTS], f64), a[CHANNELS]
+    count = f64(a[BATCH] * a[SPACE])
+    unbiased = count / (count - 1.0)
+    for c in range(channels):
+        if not (math.isfinite(param(moments[c])) and math.isfinite(param(moments[channels + c] * unbiased))):
             return
     factor = real(a, FACTOR)
     if a[COUNTER] != 0:
@@ -130,8 +139,6 @@ def update_running(a, thread, threads, stored, param, acc):
     if a[RUNNING_MEAN] == 0:
         return
     mean, var = pointer(a[RUNNING_MEAN], param), pointer(a[RUNNING_VAR], param)
-    count = f64(a[BATCH] * a[SPACE])
-    unbiased = count / (count - 1.0)
     for c in range(channels):
         mean[c] = param((1.0 - factor) * f64(mean[c]) + factor * moments[c])
         var[c] = param((1.0 - factor) * f64(var[c]) + factor * moments[channels + c] * unbiased)
@@ -180,11 +187,15 @@ def no_sums(acc):
 
 
 @loop
+def run_totals(sums):
+    s0, s1, q0, q1, s, q = sums
+    return f64(total(s0 + s1)) + f64(s), f64(total(q0 + q1)) + f64(q)
+
+
+@loop
 def around_origin(sums, count, shift, origin):
     """Σ(x − origin) and Σ(x − origin)² in float64 from the sums of d = x − shift over count values."""
-    s0, s1, q0, q1, s, q = sums
-    first = f64(total(s0 + s1)) + f64(s)
-    second = f64(total(q0 + q1)) + f64(q)
+    first, second = run_totals(sums)
     delta = f64(shift) - origin
     moved = first + count * delta
     return moved, second + delta * (first + moved)
@@ -213,6 +224,21 @@ def channel_sums(a, x, c, start, length, acc):
                 s, q, counted, sums = s + ds, q + dq, 0, no_sums(acc)
     ds, dq = around_origin(sums, f64(counted), shift, origin)
     return origin, s + ds, q + dq
+
+
+@loop
+def group_sums(a, x, first, width, origin, shift, s, q, acc):
+    """Σd and Σd² of `width` neighbouring channels of short runs, sample by sample, so that memory is read in long stretches."""
+    channels, space = a[CHANNELS], a[SPACE]
+    for j in range(width):
+        shift[j] = first_mean(offset(x, (first + j) * space), space, acc)
+        origin[j], s[j], q[j] = f64(shift[j]), 0.0, 0.0
+    for n in range(a[BATCH]):
+        for j in range(width):
+            at = (n * channels + first + j) * space
+            ds, dq = run_totals(run_sums(offset(x, at), space, shift[j], no_sums(acc)))
+            s[j] += ds
+            q[j] += dq
 
 
 @loop
@@ -267,17 +293,20 @@ def run_backward_sums(x, dy, step, n, mean):
 
 
 @loop
-def channel_backward_sums(a, x, dy, c, start, length, acc):
-    """Σdy and Σdy·(x − mean) of channel c over `length` neighbours from `start` on in every sample."""
-    channels, space, step = a[CHANNELS], a[SPACE], a[DY_SPACE]
-    exact = pointer(a[MOMENTS], f64)[c]
-    mean = acc(exact)
-    s, t = 0.0, 0.0
+def group_backward_sums(a, x, dy, first, width, start, length, s, t, acc):
+    """Σdy and Σdy·(x − mean) of `width` neighbouring channels over `length` neighbours from `start` on in every sample."""
+    channels, space, step, exact = a[CHANNELS], a[SPACE], a[DY_SPACE], pointer(a[MOMENTS], f64)
+    for j in range(width):
+        s[j], t[j] = 0.0, 0.0
     for n in range(a[BATCH]):
-        at, g = (n * channels + c) * space + start, n * a[DY_BATCH] + c * a[DY_CHANNEL] + start * step
-        ds, dt = run_backward_sums(offset(x, at), offset(dy, g), step, length, mean)
-        s, t = s + ds, t + dt
-    return s, t + (f64(mean) - exact) * s
+        for j in range(width):
+            c = first + j
+            at, g = (n * channels + c) * space + start, n * a[DY_BATCH] + c * a[DY_CHANNEL] + start * step
+            ds, dt = run_backward_sums(offset(x, at), offset(dy, g), step, length, acc(exact[c]))
+            s[j] += ds
+            t[j] += dt
+    for j in range(width):  # what rounding the mean lost
+        t[j] += (f64(acc(exact[first + j])) - exact[first + j]) * s[j]
 
 
 @loop
@@ -303,34 +332,53 @@ def run_backward_apply(x, dy, step, dx, n, mean, a, b, c, streaming):
 
 @body
 def planes_forward(a, thread, threads, stored, param, acc):
-    """Both passes over each of this thread's channels."""
+    """Both passes over each of this thread's groups of BLOCK channels; the second one backwards, where the cache is still warm."""
     x, y = pointer(a[X], stored), pointer(a[OUT], stored)
     batch, channels, space, streaming = a[BATCH], a[CHANNELS], a[SPACE], a[STREAM] != 0
-    first, last = share(channels, thread, threads)
-    for c in range(first, last):
-        origin, s, q = channel_sums(a, x, c, 0, space, acc)
-        write_moments(a, c, origin, s, q, f64(batch * space))
-        mean, scale, bias = forward_coefficients(a, c, param, acc)
-        for n in range(batch):
-            at = (n * channels + c) * space
-            run_apply(offset(x, at), offset(y, at), space, mean, scale, bias, streaming)
+    s, q, origin = alloca(GROUP, f64), alloca(GROUP, f64), alloca(GROUP, f64)
+    shift, k = alloca(GROUP, acc), alloca(THREE_GROUPS, acc)
+    first, last = share((channels + a[BLOCK] - 1) // a[BLOCK], thread, threads)
+    for group in range(first, last):
+        c = group * a[BLOCK]
+        width = min(a[BLOCK], channels - c)
+        if width == 1:
+            origin[0], s[0], q[0] = channel_sums(a, x, c, 0, space, acc)
+        else:
+            group_sums(a, x, c, width, origin, shift, s, q, acc)
+        for j in range(width):
+            write_moments(a, c + j, origin[j], s[j], q[j], f64(batch * space))
+            k[j], k[GROUP + j], k[2 * GROUP + j] = forward_coefficients(a, c + j, param, acc)
+        for n in range(batch - 1, -1, -1):
+            for j in range(width):
+                at = (n * channels + c + j) * space
+                run_apply(offset(x, at), offset(y, at), space, k[j], k[GROUP + j], k[2 * GROUP + j], streaming)
     if streaming:
         fence()
+    if a[THREADS] == 1:  # saves a second call; with more threads the launcher waits for all of them first
+        update_running(a, thread, threads, stored, param, acc)
 
 
 @body
 def planes_backward(a, thread, threads, stored, param, acc):
-    """Both passes of the backward over each of this thread's channels."""
+    """Both passes of the backward over each of this thread's groups of BLOCK channels."""
     x, dy, dx = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[OUT], stored)
     batch, channels, space, streaming = a[BATCH], a[CHANNELS], a[SPACE], a[STREAM] != 0
-    first, last = share(channels, thread, threads)
-    for c in range(first, last):
-        s, t = channel_backward_sums(a, x, dy, c, 0, space, acc)
-        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, s, t, f64(batch * space))
+    dy_batch, dy_channel, step = a[DY_BATCH], a[DY_CHANNEL], a[DY_SPACE]
+    s, t, k = alloca(GROUP, f64), alloca(GROUP, f64), alloca(FOUR_GROUPS, acc)
+    first, last = share((channels + a[BLOCK] - 1) // a[BLOCK], thread, threads)
+    for group in range(first, last):
+        c = group * a[BLOCK]
+        width = min(a[BLOCK], channels - c)
+        group_backward_sums(a, x, dy, c, width, 0, space, s, t, acc)
+        for j in range(width):
+            coefficients = backward_coefficients(a, c + j, param, acc, s[j], t[j], f64(batch * space))
+            k[j], k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j] = coefficients
         if a[OUT] != 0:
-            for n in range(batch):
-                at, g = (n * channels + c) * space, offset(dy, n * a[DY_BATCH] + c * a[DY_CHANNEL])
-                run_backward_apply(offset(x, at), g, a[DY_SPACE], offset(dx, at), space, mean, ca, cb, cc, streaming)
+            for n in range(batch - 1, -1, -1):
+                for j in range(width):
+                    at, g = (n * channels + c + j) * space, offset(dy, n * dy_batch + (c + j) * dy_channel)
+                    mean, ca, cb, cc = k[j], k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j]
+                    run_backward_apply(offset(x, at), g, step, offset(dx, at), space, mean, ca, cb, cc, streaming)
     if streaming:
         fence()
 
@@ -361,8 +409,8 @@ def planes_backward_reduce(a, thread, threads, stored, param, acc):
     for unit in range(first, last):
         p, c = unit // channels, unit % channels
         start, length = piece(a, p)
-        s, t = channel_backward_sums(a, x, dy, c, start, length, acc)
-        partials[2 * p * channels + c], partials[(2 * p + 1) * channels + c] = s, t
+        at = 2 * p * channels + c
+        group_backward_sums(a, x, dy, c, 1, start, length, offset(partials, at), offset(partials, at + channels), acc)
 
 
 @body
@@ -449,6 +497,9 @@ def eight_rows(x, stride, j, shift, s, q, lanes):
     k = load(shift, j, lanes)
     d = load(x, j, lanes) - k
     sums, squares = d, d * d
+    if lanes == 8:  # rows are short stretches of memory, which the processor's own prefetching serves badly
+        for r in range(8, 16):
+            prefetch(x, r * stride + j)
     for r in range(1, 8):
         d = load(x, r * stride + j, lanes) - k
         sums, squares = sums + d, fma(d, d, squares)
@@ -522,6 +573,10 @@ def dy_row(a, r):
 def four_rows_backward(x, dy, stride, g0, g1, g2, g3, j, mean, s, t, lanes):
     m = load(mean, j, lanes)
     a, b, c, d = load(dy, g0 + j, lanes), load(dy, g1 + j, lanes), load(dy, g2 + j, lanes), load(dy, g3 + j, lanes)
+    if lanes == 8:  # rows are short stretches of memory, which the processor's own prefetching serves badly
+        for r in range(4, 8):
+            prefetch(x, r * stride + j)
+            prefetch(dy, g0 + r * (g1 - g0) + j)
     products = fma(load(x, stride + j, lanes) - m, b, (load(x, j, lanes) - m) * a)
     products = products + fma(load(x, 3 * stride + j, lanes) - m, d, (load(x, 2 * stride + j, lanes) - m) * c)
     store(s, j, load(s, j, lanes) + convert((a + b) + (c + d), f64))
@@ -616,6 +671,8 @@ def columns_forward(a, thread, threads, stored, param, acc, rows_of_channels):
         block_apply(offset(x, start), offset(y, start), rows, columns, width, k, COLUMNS, streaming)
     if streaming:
         fence()
+    if a[THREADS] == 1:
+        update_running(a, thread, threads, stored, param, acc)
 
 
 @loop
@@ -710,13 +767,22 @@ def rows_backward_reduce(a, thread, threads, stored, param, acc):
                 t[j] += (f64(mean[j]) - exact[start + j]) * s[j]
 
 
+# The second pass takes the rows a stretch at a time, the last stretch first: it is still in cache. (Row by row backwards would
+# defeat the processor's prefetching.)
+
+
 @body
 def rows_apply(a, thread, threads, stored, param, acc):
-    """Normalize with given coefficients, in memory order."""
+    """Normalize with given coefficients."""
     x, y, k, streaming = pointer(a[X], stored), pointer(a[OUT], stored), pointer(a[COEFFICIENTS], acc), a[STREAM] != 0
     columns = a[CHANNELS]
-    first, last = share(a[BATCH] * a[SPACE], thread, threads)
-    block_apply(offset(x, first * columns), offset(y, first * columns), last - first, columns, columns, k, columns, streaming)
+    first, end = share(a[BATCH] * a[SPACE], thread, threads)
+    stretch = max(STRETCH // columns, 1)
+    while end > first:
+        start = max(end - stretch, first)
+        at = start * columns
+        block_apply(offset(x, at), offset(y, at), end - start, columns, columns, k, columns, streaming)
+        end = start
     if streaming:
         fence()
 
@@ -725,8 +791,12 @@ def rows_apply(a, thread, threads, stored, param, acc):
 def rows_backward_apply(a, thread, threads, stored, param, acc):
     x, dy, dx, k = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[OUT], stored), pointer(a[COEFFICIENTS], acc)
     columns, streaming = a[CHANNELS], a[STREAM] != 0
-    first, last = share(a[BATCH] * a[SPACE], thread, threads)
-    block_backward_apply(a, x, dy, dx, first, last, columns, columns, k, columns, streaming)
+    first, end = share(a[BATCH] * a[SPACE], thread, threads)
+    stretch = max(STRETCH // columns, 1)
+    while end > first:
+        start = max(end - stretch, first)
+        block_backward_apply(a, x, dy, dx, start, end, columns, columns, k, columns, streaming)
+        end = start
     if streaming:
         fence()
 
@@ -734,29 +804,39 @@ def rows_backward_apply(a, thread, threads, stored, param, acc):
 # --- between the passes: one thread, channels only -----------------------------------------------------------------------------------
 
 
+@loop
+def parts_added(a):
+    """The two sums of every channel, over all parts: added up, in order, into the first part's memory."""
+    sums, size = pointer(a[PARTIALS], f64), 2 * a[CHANNELS]
+    for p in range(1, a[PARTS]):
+        part, i = offset(sums, p * size), 0
+        while i + 8 <= size:
+            store(sums, i, load(sums, i, 8) + load(part, i, 8))
+            i += 8
+        while i < size:
+            sums[i] += part[i]
+            i += 1
+    return sums
+
+
 @body
 def combine(a, thread, threads, stored, param, acc):
     """Add the parts' sums up into moments and forward coefficients."""
-    partials, x, k = pointer(a[PARTIALS], f64), pointer(a[X], stored), pointer(a[COEFFICIENTS], acc)
+    x, k, sums = pointer(a[X], stored), pointer(a[COEFFICIENTS], acc), parts_added(a)
     channels, count = a[CHANNELS], f64(a[BATCH] * a[SPACE])
     for c in range(channels):
-        s, q = 0.0, 0.0
-        for p in range(a[PARTS]):
-            s, q = s + partials[2 * p * channels + c], q + partials[(2 * p + 1) * channels + c]
-        write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), s, q, count)
+        write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c], count)
         k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)
+    update_running(a, thread, threads, stored, param, acc)
 
 
 @body
 def backward_combine(a, thread, threads, stored, param, acc):
     """Add the parts' sums up into the gradients of weight and bias and the backward coefficients."""
-    partials, k = pointer(a[PARTIALS], f64), pointer(a[COEFFICIENTS], acc)
+    k, sums = pointer(a[COEFFICIENTS], acc), parts_added(a)
     channels, count = a[CHANNELS], f64(a[BATCH] * a[SPACE])
     for c in range(channels):
-        s, t = 0.0, 0.0
-        for p in range(a[PARTS]):
-            s, t = s + partials[2 * p * channels + c], t + partials[(2 * p + 1) * channels + c]
-        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, s, t, count)
+        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c], count)
         k[c], k[channels + c], k[2 * channels + c], k[3 * channels + c] = mean, ca, cb, cc
 
 

@@ -65,6 +65,11 @@ def _splat(builder: Any, scalar: Any, vector_type: ir.VectorType) -> Any:
     return builder.shuffle_vector(first, ir.Constant(vector_type, ir.Undefined), zeros)
 
 
+def _shuffled(builder: Any, vector: Any, lanes: range) -> Any:
+    places = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+
+
 # --- arithmetic ------------------------------------------------------------------------------------------------------------------
 
 
@@ -141,16 +146,16 @@ def splat(typingctx: Any, value: Any, lanes: Any) -> Any:
 
 @intrinsic
 def total(typingctx: Any, value: Any) -> Any:
-    """The sum of a vector's lanes, always in the same order: neighbours in pairs, then pairs of pairs."""
+    """The sum of a vector's lanes, always in the same order: halves are added until one lane is left."""
     scalar = _element(value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if not isinstance(value, Vector):
-            return args[0]
-        parts = [builder.extract_element(args[0], ir.Constant(ir.IntType(32), i)) for i in range(LANES)]
-        while len(parts) > 1:
-            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        rest, lanes = args[0], LANES if isinstance(value, Vector) else 1
+        while lanes > 1:
+            lanes //= 2
+            low, high = (_shuffled(builder, rest, range(start, start + lanes)) for start in (0, lanes))
+            rest = builder.fadd(low, high)
+        return builder.extract_element(rest, ir.Constant(ir.IntType(32), 0)) if isinstance(value, Vector) else rest
 
     return scalar(value), codegen
 
@@ -239,6 +244,21 @@ def stream(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(base, types.intp, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, base: Any, index: Any) -> Any:
+    """Ask for the cache line of `base[index]` ahead of its use; any address is allowed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        builder.call(function, [place, *(ir.Constant(i32, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(base, types.intp), codegen
 
 
 @intrinsic
