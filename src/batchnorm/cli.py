@@ -95,7 +95,7 @@ def _one_line_errors() -> Iterator[None]:
     except OSError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        click.echo("batchnorm: stopped; nothing was written", err=True)
+        click.echo("batchnorm: stopped", err=True)
         raise SystemExit(130) from None
 
 

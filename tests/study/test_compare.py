@@ -10,7 +10,7 @@ from batchnorm.study.arms import ARMS, Arm, batch_normalized, build, plain
 from batchnorm.study.compare import compare
 from batchnorm.study.data import digits, order
 from batchnorm.study.results import Comparison, Run, Settings, best_rate
-from batchnorm.study.train import accuracy, batch_accuracy, train
+from batchnorm.study.train import _Curves, accuracy, batch_accuracy, train
 
 
 def without_times(comparison: Comparison) -> list[Run]:
@@ -93,6 +93,30 @@ def test_results_repeat_and_do_not_depend_on_the_number_of_processes() -> None:
     settings = Settings(rates=(0.1,), seeds=1, steps=6)
     alone, beside = (compare(settings=settings, processes=processes) for processes in (1, 2))
     assert without_times(alone) == without_times(beside)
+
+
+def test_arms_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="different names, both are 'no norm'"):
+        compare(arms=(ARMS[0], ARMS[0]))
+
+
+@pytest.mark.parametrize(
+    ("losses", "outcome"),
+    [
+        ([2.4, 1.0, 0.1], "learned"),
+        ([9.9, 5.0, 2.2], "learned"),
+        ([2.4, 2.35, 2.31], "stuck"),
+        ([900.0, 3.0, 2.31], "diverged"),
+        ([2.4, 2.4, 70.0], "diverged"),
+        ([2.4, math.nan], "diverged"),
+        ([math.inf], "diverged"),
+    ],
+)
+def test_an_outcome_follows_from_the_losses(losses: list[float], outcome: str) -> None:
+    curves = _Curves(target=0.9)
+    for step, loss in enumerate(losses):
+        curves.record(step, [loss], seconds=0.0, validation=0.1)
+    assert curves.outcome(guessing=math.log(10)) == outcome
 
 
 def test_progress_is_reported_after_each_run() -> None:

@@ -7,7 +7,7 @@ def test_a_difference_beyond_doubt_is_claimed(make_comparison) -> None:
     verdict = judge(make_comparison([0.90, 0.91, 0.89, 0.92, 0.90], [0.97, 0.96, 0.98, 0.97, 0.97]))
     assert verdict.word == "helps"
     assert verdict.difference.estimate == pytest.approx(0.066)
-    assert verdict.sentence == "Batch norm helps: +6.6 points (95 % CI +5.4 to +7.8) of test accuracy."
+    assert verdict.sentence == "Batch norm helps: +6.6 points of test accuracy (95% CI +5.4 to +7.8)."
 
 
 def test_harm_is_said_as_plainly(make_comparison) -> None:
@@ -37,7 +37,7 @@ def test_doubt_is_named(make_comparison, before, after, best, reason) -> None:
     verdict = judge(make_comparison(before, after, best))
     assert verdict.word == "inconclusive"
     assert verdict.sentence.startswith("Inconclusive: ")
-    assert verdict.sentence.endswith(f"of test accuracy; {reason}.")
+    assert verdict.sentence.endswith(f"; {reason}.")
 
 
 def test_the_interval_repeats_and_holds_the_mean() -> None:

@@ -29,7 +29,12 @@ def compare(
     seeds that had no part in the choice, and only these runs see the test images. The numbers, other than times,
     do not depend on how many processes share the work (by default one for each core). `progress(done, total)` is
     called after each run.
+
+    Raises ValueError if both arms have one name.
     """
+    names = (arms[0].name, arms[1].name)
+    if names[0] == names[1]:
+        raise ValueError(f"the arms need different names, both are {names[0]!r}")
     data = data if data is not None else digits()
     settings = settings if settings is not None else Settings()
     total = len(arms) * settings.seeds * (len(settings.rates) + 1)
@@ -45,7 +50,6 @@ def compare(
     work("sweep", {arm.name: settings.rates for arm in arms}, range(settings.seeds))
     best = {arm.name: [best_rate([run for run in runs if run.arm == arm.name])] for arm in arms}
     work("final", best, range(settings.seeds, 2 * settings.seeds))
-    names = (arms[0].name, arms[1].name)
     return Comparison(data.name, data.classes, names, settings, environment(), tuple(runs))
 
 

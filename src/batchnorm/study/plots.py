@@ -161,8 +161,10 @@ def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     axes.get_ylim()  # settles the limits, which the positions depend on
     lower, upper = sorted(labels, key=lambda label: label[1])
     low, high = (_height(axes, value) for _, value, _ in (lower, upper))
-    shift = max(0.0, LABEL_GAP - (high - low)) / 2
-    for (text, _, colour), height in ((lower, low - shift), (upper, high + shift)):
+    if high - low < LABEL_GAP:
+        high = min((low + high + LABEL_GAP) / 2, 1.0)
+        low = high - LABEL_GAP
+    for (text, _, colour), height in ((lower, low), (upper, high)):
         axes.text(1.02, height, text, color=colour, va="center", transform=axes.transAxes)
 
 

@@ -43,7 +43,7 @@ def render(comparison: Comparison) -> str:
 
 def percent(share: float | None) -> str:
     """Say a share of all images; a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "–" if share is None else f"{100 * share:.1f}%"
 
 
 def steps(count: float, most: int) -> str:

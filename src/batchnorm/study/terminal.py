@@ -26,7 +26,7 @@ def progress(console: Console) -> Iterator[compare.Progress]:
 def table(comparison: Comparison) -> Table:
     """Return the results as a table, an arm a column."""
     settings = comparison.settings
-    target = f"{settings.target:.0%}"
+    target = f"{100 * settings.target:g}%"
     arms = [comparison.summary(arm) for arm in comparison.arms]
     result = Table("", *(Column(Text(arm.arm), justify="right") for arm in arms), box=box.SIMPLE_HEAD)
     rows: dict[str, Callable[[Summary], str]] = {

@@ -14,6 +14,8 @@ from batchnorm.study.arms import Arm, build
 from batchnorm.study.data import Data, Part, order
 from batchnorm.study.results import Outcome, Run, Settings, Stage
 
+EXPLODED = 2.0  # times the loss of guessing: more than any network here starts from
+
 
 def train(arm: Arm, data: Data, rate: float, seed: int, stage: Stage, settings: Settings) -> Run:
     """Train one network and return what was measured.
@@ -129,12 +131,12 @@ class _Curves:
 
     def outcome(self, guessing: float) -> Outcome:
         """Name the run's end, given the loss of guessing every class equally often."""
-        first, last = self.loss[0], self.loss[-1]
-        if first is None or last is None:
+        finite = [loss for loss in self.loss if loss is not None]
+        if len(finite) < len(self.loss):
             return "diverged"
-        if last < guessing:
+        if finite[-1] < guessing:
             return "learned"
-        return "diverged" if last > first else "stuck"
+        return "diverged" if max(finite) > EXPLODED * guessing else "stuck"
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def judge(comparison: Comparison) -> Verdict:
     control, treatment = comparison.arms
     pairs = zip(comparison.final(control), comparison.final(treatment), strict=True)
     difference = bootstrap([after.accuracy - before.accuracy for before, after in pairs])
-    measured = f"{points(difference)} of test accuracy"
+    measured = points(difference, "points of test accuracy")
     doubt = _doubt(comparison, difference)
     if doubt is not None:
         return Verdict("inconclusive", difference, f"Inconclusive: {measured}; {doubt}.")
@@ -53,10 +53,10 @@ def bootstrap(differences: list[float]) -> Interval:
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def points(interval: Interval) -> str:
+def points(interval: Interval, unit: str = "points") -> str:
     """Say a difference of accuracies in percentage points."""
     low, high = (f"{100 * value:+.1f}" for value in (interval.low, interval.high))
-    return f"{100 * interval.estimate:+.1f} points (95 % CI {low} to {high})".replace("-", "−")
+    return f"{100 * interval.estimate:+.1f} {unit} (95% CI {low} to {high})".replace("-", "−")
 
 
 def _doubt(comparison: Comparison, difference: Interval) -> str | None:
