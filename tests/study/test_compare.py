@@ -106,6 +106,7 @@ def test_arms_of_one_name_are_refused() -> None:
         ([2.4, 1.0, 0.1], "learned"),
         ([9.9, 5.0, 2.2], "learned"),
         ([2.4, 2.35, 2.31], "stuck"),
+        ([2.4, 2.35, 2.29], "stuck"),
         ([900.0, 3.0, 2.31], "diverged"),
         ([2.4, 2.4, 70.0], "diverged"),
         ([2.4, math.nan], "diverged"),

@@ -55,8 +55,8 @@ class Run:
     """One training run.
 
     Attributes:
-        outcome: "learned" if the loss ended below that of guessing. If not, "diverged" if it was not finite or had
-            exploded, else "stuck".
+        outcome: "learned" if the loss ended clearly below that of guessing. If not, "diverged" if it was not finite or
+            had exploded, else "stuck".
         steps: Where the curves have their values.
         loss: Mean training loss since the record before; `None` where not finite.
         validation: Validation accuracy.
