@@ -70,6 +70,12 @@ def laid_out(x: Tensor) -> Tensor:
     return x if _plan(x.shape, x.stride(), x.dtype) is not None else x.contiguous()
 
 
+def holds_statistics(buffer: Tensor | None, x: Tensor) -> bool:
+    """Whether the loops can move this buffer in place."""
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return buffer is None or (buffer.dtype == wanted and buffer.is_contiguous())
+
+
 # --- planning ----------------------------------------------------------------------------------------------------------------------
 
 

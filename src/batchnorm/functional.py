@@ -1,0 +1,282 @@
+"""Batch normalization as a function: arguments are checked, a kernel is chosen, running statistics move."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.kernels import operators, reference
+from batchnorm.kernels.choice import record, which
+
+__all__ = ["batch_norm"]
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Normalize each channel over the batch and its space, then scale and shift it; like ``F.batch_norm``.
+
+    Args:
+        input: ``(N, C, *space)`` of any floating dtype.
+        running_mean, running_var: ``(C,)`` or None. In training they move towards the batch's mean and unbiased
+            variance, in place; otherwise they are what normalizes.
+        weight, bias: ``(C,)`` or None, the paper's gamma and beta.
+        training: normalize with the batch's own moments.
+        momentum: the weight of the new value, from 0 to 1; None for the plain average over batches, which
+            ``num_batches_tracked`` must then count.
+        eps: added to the variance, in the unit of ``input`` squared.
+        num_batches_tracked: 0-dimensional int64 or None; in training it counts this batch, in place.
+
+    Returns:
+        The shape, dtype and memory format of ``input``.
+
+    A batch whose moments are not finite leaves all three buffers as they are, and so does a forward that runs inside a
+    backward pass: activation checkpointing recomputes a batch that has been counted.
+
+    Raises:
+        ValueError: one value per channel in training, no channels, momentum or eps out of range.
+        RuntimeError: sizes or dtypes that do not fit each other, statistics missing in evaluation.
+        NotImplementedError: integer or complex input.
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
+    """
+    _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
+    if torch.compiler.is_compiling():
+        return _traced(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+
+    kernel = which(input, training, weight, bias, running_mean, running_var)
+    if not training:
+        return _evaluate(kernel, input, running_mean, running_var, weight, bias, eps)
+    if torch._C._current_graph_task_id() != -1:  # recomputing during a backward pass
+        running_mean = running_var = num_batches_tracked = None
+    if kernel == "cpu":
+        return _train_cpu(input, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
+    train = _train_aten if kernel == "aten" else _train_reference
+    record.forward = kernel
+    y, mean, var = train(input, weight, bias, eps)
+    _track(input, running_mean, running_var, num_batches_tracked, momentum, mean, var)
+    return y
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------------
+
+
+def _train_cpu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    batches: Tensor | None,
+) -> Tensor:
+    from batchnorm.kernels.cpu import Running, holds_statistics
+
+    if running_mean is None and batches is None:
+        return operators.train_cpu(x, weight, bias, None, eps)
+    factor = -1.0 if momentum is None else momentum
+    if holds_statistics(running_mean, x) and holds_statistics(running_var, x):
+        return operators.train_cpu(x, weight, bias, Running(running_mean, running_var, batches, factor), eps)
+    # Statistics of another dtype or with gaps: the loops fill new vectors, which are copied.
+    kept = [torch.empty_like(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+                             memory_format=torch.contiguous_format).copy_(t)
+            for t in (running_mean, running_var) if t is not None]  # fmt: skip
+    y = operators.train_cpu(x, weight, bias, Running(*kept, batches, factor), eps)
+    for buffer, new in zip((running_mean, running_var), kept, strict=True):
+        if buffer is not None:
+            buffer.copy_(new)
+    return y
+
+
+def _train_aten(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Momentum 1 makes ATen write the batch's mean and unbiased variance where the running statistics would be."""
+    if x.numel() == 0:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None, None
+    dtype = torch.float32 if x.dtype in _NARROW else x.dtype
+    if x.dtype in _NARROW:
+        weight, bias = _widened(weight), _widened(bias)
+    mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    return y, mean, var
+
+
+def _train_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    y, mean, var = reference.train_forward(x, weight, bias, eps)
+    if x.numel() == 0:
+        return y, None, None
+    count = x.numel() // x.shape[1]
+    return y, mean.detach(), var.detach() * (count / (count - 1))
+
+
+def _track(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+    mean: Tensor | None,
+    unbiased: Tensor | None,
+) -> None:
+    """Count the batch and move the running statistics, without ever looking at a value: no wait, no graph break."""
+    with torch.no_grad():
+        if mean is None or unbiased is None:  # an empty batch is counted, as torch does, and teaches nothing
+            if batches is not None:
+                batches.add_(1)
+            return
+        if running_mean is None or running_var is None:
+            finite = mean.isfinite().all() & unbiased.isfinite().all()
+            if batches is not None:
+                batches.add_(finite)
+            return
+        stored_mean, stored_var = mean.to(running_mean.dtype), unbiased.to(running_var.dtype)
+        finite = stored_mean.isfinite().all() & stored_var.isfinite().all()
+        if batches is not None:
+            batches.add_(finite)
+        factor = 1.0 / batches.clamp(min=1).to(mean.dtype) if momentum is None and batches is not None else momentum
+        new_mean = (1 - factor) * running_mean + factor * mean  # type: ignore[operator]
+        new_var = (1 - factor) * running_var + factor * unbiased  # type: ignore[operator]
+        running_mean.copy_(torch.where(finite, new_mean.to(running_mean.dtype), running_mean))
+        running_var.copy_(torch.where(finite, new_var.to(running_var.dtype), running_var))
+
+
+def _traced(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    batches: Tensor | None,
+) -> Tensor:
+    """What torch.compile and torch.export record."""
+    if not training:
+        return _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
+    mean: Tensor | None
+    var: Tensor | None
+    opaque = x.is_cpu and x.dtype in (torch.float32, torch.float64, torch.bfloat16) and 2 <= x.dim() <= 5
+    if opaque and x.numel() > 0 and not torch.compiler.is_exporting():
+        y, moments = torch.ops.batchnorm.train(x, weight, bias, eps)
+        count = x.numel() // x.shape[1]
+        mean, var = moments[0], moments[1] * (count / (count - 1))
+    else:
+        y, mean, var = _train_aten(x, weight, bias, eps)
+    _track(x, running_mean, running_var, batches, momentum, mean, var)
+    return y
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    kernel: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    assert running_mean is not None and running_var is not None  # _check has seen to it
+    record.forward = kernel
+    if kernel == "reference":
+        return reference.inference(x, running_mean, running_var, weight, bias, eps)
+    if kernel == "cpu":
+        return operators.evaluate_cpu(x, running_mean, running_var, weight, bias, eps)
+    return _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
+
+
+def _evaluate_aten(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    if x.dtype in _NARROW and running_mean is not None and running_mean.dtype == torch.float32:
+        weight, bias = _widened(weight), _widened(bias)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def _widened(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> None:
+    """Raise what torch would raise, with the sizes and the remedy, before anything is changed."""
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"expected at least 2D input (got {len(shape)}D input): batch_norm needs (N, C, *space)")
+    if not x.dtype.is_floating_point:
+        name = str(x.dtype).removeprefix("torch.")
+        raise NotImplementedError(f'"batch_norm" not implemented for {name!r}: convert the input with .float()')
+    channels = shape[1]
+    if channels == 0:
+        raise ValueError(f"expected at least 1 channel, got input size {shape}: dimension 1 counts the channels")
+    if training and shape[0] == 1 and shape.numel() == channels:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {shape}: one value has no variance; "
+            "use a larger batch, drop the last one, or eval()"
+        )
+    if eps <= 0 and (training or eps < 0):
+        raise ValueError(f"batch_norm eps must be {'positive during training' if training else 'non-negative'}, but got {eps}")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise RuntimeError("running_mean must be defined in evaluation mode: pass statistics, or training=True")
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if t is not None:
+            _check_channels(name, t, x, channels)
+
+
+def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
+    if t.shape != (channels,):
+        if t.numel() != channels:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements not {t.numel()}: "
+                f"the input of size {tuple(x.shape)} has {channels} channels"
+            )
+        raise RuntimeError(f"{name} should be a vector of {channels} elements, got size {tuple(t.shape)}: use reshape(-1)")
+    if t.dtype == x.dtype or (x.dtype in _NARROW and t.dtype == torch.float32):
+        return
+    if name.startswith("running") and t.dtype.is_floating_point:  # a wider (or, if insisted on, narrower) store of values
+        return
+    raise RuntimeError(
+        f"mixed dtype: {name} is {t.dtype} and the input is {x.dtype}; parameters have the input's dtype, "
+        "or float32 beside half precision"
+    )

@@ -1,0 +1,112 @@
+"""Which kernel serves a tensor, which one ran, and how to insist on one.
+
+* ``"cpu"``: the Numba loops, for plain float32, float64 and bfloat16 tensors on the CPU.
+* ``"aten"``: torch's own operators; always there, for every device, dtype and tracer.
+* ``"reference"``: plain PyTorch, differentiable any number of times; for function transforms and forward-mode derivatives.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Kernel = Literal["cpu", "aten", "reference"]
+
+_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}  # a subclass has semantics that raw memory lacks
+_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
+_EVALUATE_FROM = 16 * 2**20  # bytes: below, ATen's evaluation is as fast as the memory allows (measured: kernels/README.md)
+
+_asked: ContextVar[Kernel | None] = ContextVar("batchnorm_kernel", default=None)
+
+
+class Ran(NamedTuple):
+    """The kernels that the last forward and the last backward on this thread went through; None before the first."""
+
+    forward: str | None
+    backward: str | None
+
+
+class _Record(threading.local):
+    forward: str | None = None
+    backward: str | None = None
+
+
+record = _Record()
+
+
+def ran() -> Ran:
+    """Say which kernels served this thread's last forward and last backward."""
+    return Ran(record.forward, record.backward)
+
+
+@contextmanager
+def using(kernel: Kernel) -> Iterator[None]:
+    """Insist on one kernel; a call that it cannot serve raises instead of falling back.
+
+    Example:
+        >>> with batchnorm.kernels.using("reference"):
+        ...     y = layer(x)
+    """
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"unknown kernel {kernel!r}: choose from {', '.join(get_args(Kernel))}")
+    token = _asked.set(kernel)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
+    """Name the kernel that would serve ``x`` here and now (with weight, bias and statistics, if given, in ``others``).
+
+    Raises:
+        RuntimeError: if ``using`` asks for a kernel that cannot serve it.
+    """
+    asked = _asked.get()
+    if asked is None:
+        if _transformed():
+            return "reference"
+        return "cpu" if _obstacle(x, training, others) is None else "aten"
+    obstacle = _obstacle(x, True, others) if asked == "cpu" else None
+    if asked == "cpu" and obstacle is None and _transformed():
+        obstacle = "a function transform or forward-mode derivative is active"
+    if obstacle is not None:
+        raise RuntimeError(f"kernel 'cpu' was asked for, but {obstacle}; ask for another or let batchnorm choose")
+    return asked
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is watching: they need operations, not memory."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...]) -> str | None:
+    """Why the loops cannot (or, automatically, should not) serve x; None if they can."""
+    for t in (x, *others):
+        if type(t) not in _PLAIN:
+            return f"a {type(t).__name__} is not a plain tensor"
+    if not x.is_cpu:
+        return f"x is on {x.device}, not on the CPU"
+    if x.dtype not in _DTYPES:
+        return f"x has dtype {x.dtype}"
+    if x.layout != torch.strided or x.is_neg():
+        return "x is not a plain strided tensor"
+    if not 2 <= x.dim() <= 5:
+        return f"x has {x.dim()} dimensions, not 2 to 5"
+    size = x.numel()
+    if size == 0:
+        return "x is empty"
+    if not training and size * x.element_size() < _EVALUATE_FROM:
+        return "x is small enough for ATen to evaluate it as fast"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode wants to see torch's operations"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is recording torch's operations"
+    return None

@@ -1,0 +1,215 @@
+"""Batch normalization with the batch's own moments as differentiable operations, one for eager mode and one for the compiler.
+
+Eager mode calls the loops directly inside an ``autograd.Function``. The compiler sees ``torch.ops.batchnorm.train`` and
+``train_backward``, opaque operators over the same loops: what inductor makes of batch normalization itself is slower on CPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import reference
+from batchnorm.kernels.choice import record
+
+
+def train_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float) -> Tensor:
+    """Normalize with the batch's moments on the CPU loops, moving the running statistics; differentiable in eager mode."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        y: Tensor = _Train.apply(x, weight, bias, running, eps)
+        return y
+    return _forward(x, weight, bias, running, eps)[1]
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x as the loops read it, y, moments)."""
+    from batchnorm.kernels import cpu
+
+    x = cpu.laid_out(x)
+    y, moments = cpu.forward(x, weight, bias, running, eps)
+    record.forward = "cpu"
+    return x, y, moments
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from batchnorm.kernels import cpu
+
+    found = cpu.backward(dy, x, weight, moments, eps, wanted)
+    record.backward = "cpu"
+    if weight is None or found.weight is None or weight.dtype == found.weight.dtype:
+        return found.x, found.weight, found.bias
+    return found.x, _as(found.weight, weight.dtype), _as(found.bias, weight.dtype)
+
+
+def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+class _Train(torch.autograd.Function):
+    """Saves x, the moments (2, C) and references to the parameters; nothing else the size of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float) -> Tensor:
+        x, y, moments = _forward(x, weight, bias, running, eps)
+        ctx.save_for_backward(x, weight, moments)
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, moments = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated itself
+            return *differentiable_backward(dy, x, weight, ctx.eps, wanted, ctx.bias_dtype), None, None
+        return *_backward(dy, x, weight, moments, ctx.eps, wanted), None, None
+
+
+def differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    wanted: tuple[bool, bool, bool],
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward as operations that autograd records, in terms of x itself."""
+    moments = reference.Moments.of(x, (0, *range(2, x.dim())))
+    found = reference.train_backward(dy, x, weight, moments.mean, moments.biased_variance, eps)
+    record.backward = "reference"
+    dtypes = (x.dtype, None if weight is None else weight.dtype, bias_dtype)
+    grads = [_as(g, d) if want and d is not None else None for g, d, want in zip(found, dtypes, wanted, strict=True)]
+    return grads[0], grads[1], grads[2]
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_cpu(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalize with given moments on the CPU loops; differentiable in eager mode in x, weight and bias."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        y: Tensor = _Evaluate.apply(x, weight, bias, mean, var, eps)
+        return y
+    from batchnorm.kernels import cpu
+
+    return cpu.evaluate(cpu.laid_out(x), mean, var, weight, bias, eps)
+
+
+class _Evaluate(torch.autograd.Function):
+    """Saves x only if the weight learns. Of the statistics it keeps copies: a later training step moves the buffers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
+        from batchnorm.kernels import cpu
+
+        x = cpu.laid_out(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, torch.stack((mean.double(), var.double())))
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
+        return cpu.evaluate(x, mean, var, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, (mean, var) = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        record.backward = "reference"  # affine in x: plain operations, which autograd can differentiate again
+        scale = (var + ctx.eps).rsqrt()
+        per_channel = (slice(None), *(None,) * (dy.dim() - 2))
+        grad_weight = grad_bias = grad_x = None
+        if need_x:
+            whole = scale if weight is None else scale * weight
+            grad_x = dy * whole.to(dy.dtype)[per_channel]
+        if need_weight:
+            x_hat = (x - mean.to(x.dtype)[per_channel]) * scale.to(x.dtype)[per_channel]
+            grad_weight = (dy * x_hat).sum((0, *range(2, dy.dim()))).to(weight.dtype)
+        if need_bias:
+            grad_bias = dy.sum((0, *range(2, dy.dim()))).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+# --- for torch.compile -------------------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "batchnorm::train", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor moments)"
+)
+torch.library.define(
+    "batchnorm::train_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor moments, float eps, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("batchnorm::train", "CPU")
+def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    _, y, moments = _forward(x, weight, bias, None, eps)
+    promised = torch.empty_like(x)
+    return (y if y.stride() == promised.stride() else promised.copy_(y)), moments
+
+
+@torch.library.impl("batchnorm::train_backward", "CPU")
+def _train_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from batchnorm.kernels import cpu
+
+    dx, grad_weight, grad_bias = _backward(
+        dy, cpu.laid_out(x), weight, moments, eps, (wanted[0], wanted[1], wanted[2])
+    )
+    none = x.new_empty(0)
+    if dx is not None:
+        promised = torch.empty_like(x)
+        dx = dx if dx.stride() == promised.stride() else promised.copy_(dx)
+    return (
+        none if dx is None else dx,
+        x.new_empty(0) if grad_weight is None else grad_weight,
+        x.new_empty(0) if grad_bias is None else grad_bias,
+    )
+
+
+@torch.library.register_fake("batchnorm::train")
+def _train_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("batchnorm::train_backward")
+def _train_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = weight.dtype if weight is not None else (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    none = x.new_empty(0)
+    vector = x.new_empty(x.shape[1], dtype=dtype)
+    return (
+        torch.empty_like(x) if wanted[0] else none,
+        vector if wanted[1] else x.new_empty(0),
+        torch.empty_like(vector) if wanted[2] else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, _moments: Tensor | None) -> Any:
+    if dy is None:
+        return None, None, None, None
+    x, weight, moments = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.batchnorm.train_backward(dy, x, weight, moments, ctx.eps, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+
+
+torch.library.register_autograd("batchnorm::train", _differentiate, setup_context=_setup_context)

@@ -1,0 +1,177 @@
+"""Batch normalization layers that take the place of ``torch.nn``'s: buffers, modes and repr; the work is in ``functional``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.parameter import UninitializedBuffer
+
+from batchnorm.functional import batch_norm
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+class _Ours:
+    """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
+
+    if TYPE_CHECKING:  # torch's layers have these
+        running_mean: Tensor | None
+        running_var: Tensor | None
+        num_batches_tracked: Tensor | None
+        weight: Tensor | None
+        bias: Tensor | None
+        training: bool
+        track_running_stats: bool
+        momentum: float | None
+        eps: float
+        _buffers: dict[str, Tensor | None]
+        _check_input_dim: Callable[[Tensor], None]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C, *space)``; with the batch's moments in training, with the running statistics otherwise."""
+        if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})  # type: ignore[no-any-return]
+        self._check_input_dim(input)
+        mean, var, batches = self.running_mean, self.running_var, None
+        if not self.training:
+            training = mean is None and var is None
+        else:
+            training = True
+            if self.track_running_stats:
+                batches = self.num_batches_tracked
+            else:
+                mean = var = None
+        return batch_norm(
+            input, mean, var, self.weight, self.bias, training, self.momentum, self.eps, num_batches_tracked=batches
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""
+        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        _widen(self, before)  # type: ignore[arg-type]
+        return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript cannot compile this layer; the same layer of ``torch.nn``, sharing parameters and buffers, it can."""
+        return _torch_twin(self)  # type: ignore[arg-type]
+
+
+def _widen(layer: nn.Module, values: dict[str, Tensor | None] | None = None) -> None:
+    """Make narrow running statistics float32 again, from the values they had."""
+    for name in _STATISTICS:
+        buffer = layer._buffers.get(name)
+        if buffer is None or buffer.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        if isinstance(buffer, UninitializedBuffer):
+            layer._buffers[name] = UninitializedBuffer(device=buffer.device, dtype=torch.float32)
+            continue
+        kept = None if values is None else values[name]
+        source = buffer if kept is None or kept.is_meta else kept
+        layer._buffers[name] = source.to(device=buffer.device, dtype=torch.float32)
+
+
+def _check_momentum(momentum: float | None) -> None:
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
+
+
+def _torch_twin(layer: nn.Module) -> nn.Module:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    kind = next(kind for kind in kinds if isinstance(layer, kind))
+    twin: nn.Module = kind.__new__(kind)
+    twin.__dict__.update(layer.__dict__)
+    return twin
+
+
+class _BatchNorm(_Ours, nn.modules.batchnorm._BatchNorm):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **bias: bool,
+    ) -> None:
+        if num_features <= 0:
+            raise ValueError(f"num_features must be at least 1, got {num_features}: it counts the channels")
+        _check_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
+        _widen(self)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """Batch normalization of ``(N, C)`` or ``(N, C, L)``; takes the place of ``torch.nn.BatchNorm1d``.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, in the unit of the input squared.
+        momentum: the weight of a new batch in the running statistics, 0 to 1; None for the plain average.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: keep running statistics for evaluation; without them, evaluation uses the batch's too.
+        device, dtype, bias: as in ``torch.nn``; running statistics stay float32 or wider whatever ``dtype`` says.
+
+    Raises:
+        ValueError: input of other dimensions, one value per channel in training.
+        RuntimeError: another number of channels, or a dtype that does not fit the parameters'.
+
+    Example:
+        >>> layer = BatchNorm1d(100)
+        >>> y = layer(torch.randn(20, 100))
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167.
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """Batch normalization of ``(N, C, H, W)``; takes the place of ``torch.nn.BatchNorm2d``. See ``BatchNorm1d``."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """Batch normalization of ``(N, C, D, H, W)``; takes the place of ``torch.nn.BatchNorm3d``. See ``BatchNorm1d``."""
+
+
+class _LazyBatchNorm(_Ours):
+    """Becomes a layer of ours at the first input, which tells the number of channels."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **bias: bool,
+    ) -> None:
+        _check_momentum(momentum)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **bias)  # type: ignore[call-arg]
+        _widen(self)  # type: ignore[arg-type]
+
+
+class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):
+    """``BatchNorm1d`` that learns ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+
+
+class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
+    """``BatchNorm2d`` that learns ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+
+
+class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
+    """``BatchNorm3d`` that learns ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
