@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.kernels import operators, reference
-from batchnorm.kernels.choice import record, which
+from batchnorm.kernels.choice import EVALUATE_FROM, asked_for, record, which
 
 __all__ = ["batch_norm"]
 
@@ -52,15 +52,13 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """
-    _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
     if torch.compiler.is_compiling():
+        _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
         return _traced(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-
-    kernel = which(input, training, weight, bias, running_mean, running_var)
     if not training:
-        return _evaluate(kernel, input, running_mean, running_var, weight, bias, eps)
+        return _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
+    _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    kernel = which(input, True, weight, bias, running_mean, running_var)
     if torch._C._current_graph_task_id() != -1:  # recomputing during a backward pass
         running_mean = running_var = num_batches_tracked = None
     if kernel == "cpu":
@@ -189,16 +187,26 @@ def _traced(
 
 
 def _evaluate(
-    kernel: str,
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    momentum: float | None,
     eps: float,
 ) -> Tensor:
+    small = asked_for.get() is None and x.numel() * x.element_size() < EVALUATE_FROM
+    if small and eps >= 0:  # ATen checks enough for itself: evaluation changes nothing, so ours can wait until it objects
+        try:
+            y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
+        except (RuntimeError, IndexError, ValueError):
+            _check(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
+            raise
+        record.forward = "aten"
+        return y
+    _check(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
     assert running_mean is not None and running_var is not None  # _check has seen to it
-    record.forward = kernel
+    kernel = record.forward = which(x, False, weight, bias, running_mean, running_var)
     if kernel == "reference":
         return reference.inference(x, running_mean, running_var, weight, bias, eps)
     if kernel == "cpu":
@@ -216,7 +224,9 @@ def _evaluate_aten(
 ) -> Tensor:
     if x.dtype in _NARROW and running_mean is not None and running_mean.dtype == torch.float32:
         weight, bias = _widened(weight), _widened(bias)
-    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return torch.batch_norm(
+        x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled  # type: ignore[arg-type]
+    )
 
 
 def _widened(t: Tensor | None) -> Tensor | None:
@@ -235,33 +245,42 @@ def _check(
     training: bool,
     momentum: float | None,
     eps: float,
+    batches: Tensor | None,
 ) -> None:
     """Raise what torch would raise, with the sizes and the remedy, before anything is changed."""
-    shape = x.shape
+    shape, dtype = x.shape, x.dtype
     if len(shape) < 2:
         raise ValueError(f"expected at least 2D input (got {len(shape)}D input): batch_norm needs (N, C, *space)")
-    if not x.dtype.is_floating_point:
-        name = str(x.dtype).removeprefix("torch.")
-        raise NotImplementedError(f'"batch_norm" not implemented for {name!r}: convert the input with .float()')
+    if not dtype.is_floating_point:
+        kind = {"complex64": "ComplexFloat", "int64": "Long", "int32": "Int"}.get(str(dtype)[6:], str(dtype)[6:])
+        raise NotImplementedError(f'"batch_norm" not implemented for {kind!r}: convert the input to a floating dtype')
     channels = shape[1]
     if channels == 0:
         raise ValueError(f"expected at least 1 channel, got input size {shape}: dimension 1 counts the channels")
-    if training and shape[0] == 1 and shape.numel() == channels:
+    if training and shape[0] == 1 and x.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}: one value has no variance; "
             "use a larger batch, drop the last one, or eval()"
         )
     if eps <= 0 and (training or eps < 0):
         raise ValueError(f"batch_norm eps must be {'positive during training' if training else 'non-negative'}, but got {eps}")
-    if momentum is not None and not 0 <= momentum <= 1:
+    if momentum is None:
+        if training and running_mean is not None and batches is None:
+            raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
+    elif not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
-        raise RuntimeError("running_mean must be defined in evaluation mode: pass statistics, or training=True")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
-        if t is not None:
-            _check_channels(name, t, x, channels)
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if not training:
+            raise RuntimeError("running_mean must be defined in evaluation mode: pass statistics, or training=True")
+    else:
+        _check_channels("running_mean", running_mean, x, channels)
+        _check_channels("running_var", running_var, x, channels)
+    if weight is not None and (weight.dtype != dtype or weight.shape != (channels,)):
+        _check_channels("weight", weight, x, channels)
+    if bias is not None and (bias.dtype != dtype or bias.shape != (channels,)):
+        _check_channels("bias", bias, x, channels)
 
 
 def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
@@ -272,7 +291,7 @@ def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
                 f"the input of size {tuple(x.shape)} has {channels} channels"
             )
         raise RuntimeError(f"{name} should be a vector of {channels} elements, got size {tuple(t.shape)}: use reshape(-1)")
-    if t.dtype == x.dtype or (x.dtype in _NARROW and t.dtype == torch.float32):
+    if t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype in _NARROW):
         return
     if name.startswith("running") and t.dtype.is_floating_point:  # a wider (or, if insisted on, narrower) store of values
         return

@@ -31,6 +31,7 @@ class _Ours:
         momentum: float | None
         eps: float
         _buffers: dict[str, Tensor | None]
+        _parameters: dict[str, Tensor | None]
         _check_input_dim: Callable[[Tensor], None]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -39,18 +40,18 @@ class _Ours:
             tracer: Any = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})  # type: ignore[no-any-return]
         self._check_input_dim(input)
-        mean, var, batches = self.running_mean, self.running_var, None
+        # Straight from the dictionaries where they have it: nn.Module's attribute look-up costs more than the checks.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+        var = buffers["running_var"] if "running_var" in buffers else self.running_var
         if not self.training:
-            training = mean is None and var is None
-        else:
-            training = True
-            if self.track_running_stats:
-                batches = self.num_batches_tracked
-            else:
-                mean = var = None
-        return batch_norm(
-            input, mean, var, self.weight, self.bias, training, self.momentum, self.eps, num_batches_tracked=batches
-        )
+            return batch_norm(input, mean, var, weight, bias, mean is None and var is None, self.momentum, self.eps)
+        if not self.track_running_stats:
+            return batch_norm(input, None, None, weight, bias, True, self.momentum, self.eps)
+        batches = self.num_batches_tracked
+        return batch_norm(input, mean, var, weight, bias, True, self.momentum, self.eps, num_batches_tracked=batches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""

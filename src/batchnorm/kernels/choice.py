@@ -21,9 +21,9 @@ Kernel = Literal["cpu", "aten", "reference"]
 
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}  # a subclass has semantics that raw memory lacks
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16}
-_EVALUATE_FROM = 16 * 2**20  # bytes: below, ATen's evaluation is as fast as the memory allows (measured: kernels/README.md)
+EVALUATE_FROM = 16 * 2**20  # bytes: below, ATen's evaluation is as fast as the memory allows (measured: kernels/README.md)
 
-_asked: ContextVar[Kernel | None] = ContextVar("batchnorm_kernel", default=None)
+asked_for: ContextVar[Kernel | None] = ContextVar("batchnorm_kernel", default=None)
 
 
 class Ran(NamedTuple):
@@ -56,11 +56,11 @@ def using(kernel: Kernel) -> Iterator[None]:
     """
     if kernel not in get_args(Kernel):
         raise ValueError(f"unknown kernel {kernel!r}: choose from {', '.join(get_args(Kernel))}")
-    token = _asked.set(kernel)
+    token = asked_for.set(kernel)
     try:
         yield
     finally:
-        _asked.reset(token)
+        asked_for.reset(token)
 
 
 def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
@@ -69,7 +69,7 @@ def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
     Raises:
         RuntimeError: if ``using`` asks for a kernel that cannot serve it.
     """
-    asked = _asked.get()
+    asked = asked_for.get()
     if asked is None:
         if _transformed():
             return "reference"
@@ -89,13 +89,10 @@ def _transformed() -> bool:
 
 def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...]) -> str | None:
     """Why the loops cannot (or, automatically, should not) serve x; None if they can."""
-    for t in (x, *others):
-        if type(t) not in _PLAIN:
-            return f"a {type(t).__name__} is not a plain tensor"
-    if not x.is_cpu:
-        return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in _DTYPES:
-        return f"x has dtype {x.dtype}"
+    if type(x) not in _PLAIN or not all(type(t) in _PLAIN for t in others):
+        return "not all tensors are plain: subclasses have semantics of their own"
+    if not x.is_cpu or x.dtype not in _DTYPES:
+        return f"x is {x.dtype} on {x.device}, not float32, float64 or bfloat16 on the CPU"
     if x.layout != torch.strided or x.is_neg():
         return "x is not a plain strided tensor"
     if not 2 <= x.dim() <= 5:
@@ -103,7 +100,7 @@ def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...]) -> s
     size = x.numel()
     if size == 0:
         return "x is empty"
-    if not training and size * x.element_size() < _EVALUATE_FROM:
+    if not training and size * x.element_size() < EVALUATE_FROM:
         return "x is small enough for ATen to evaluate it as fast"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a dispatch mode wants to see torch's operations"

@@ -42,6 +42,15 @@ class Plan(NamedTuple):
     streams: bool  # the output is large and regular enough to be written around the caches
     statistics: torch.dtype  # of weight, bias, running statistics and their gradients
 
+    @property
+    def slots(self) -> tuple[int, int, int, int, int, int]:
+        """BATCH to BLOCK, as the loops name them."""
+        step = 1 if self.kind == "rows" else self.space
+        return self.batch, self.channels, self.space, step, self.parts, self.block
+
+    def threads(self) -> int:
+        return 1 if self.worth_threads == 1 else min(torch.get_num_threads(), self.worth_threads)
+
 
 class Running(NamedTuple):
     """The buffers that a training step moves, and the weight of the new value (negative: the cumulative average)."""
@@ -65,9 +74,14 @@ def supports(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type == "cpu" and x.layout == torch.strided and 2 <= x.dim() <= 5
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """x itself where the loops can read it, else a copy that they can."""
-    return x if _plan(x.shape, x.stride(), x.dtype) is not None else x.contiguous()
+def laid_out(x: Tensor) -> tuple[Tensor, Plan]:
+    """x itself where the loops can read it, else a copy that they can; and the plan for it."""
+    found = _plan(x.shape, x.stride(), x.dtype)
+    if found is None:
+        x = x.contiguous()
+        found = _plan(x.shape, x.stride(), x.dtype)
+        assert found is not None, "contiguous tensors can always be read"
+    return x, found
 
 
 def holds_statistics(buffer: Tensor | None, x: Tensor) -> bool:
@@ -77,14 +91,6 @@ def holds_statistics(buffer: Tensor | None, x: Tensor) -> bool:
 
 
 # --- planning ----------------------------------------------------------------------------------------------------------------------
-
-
-def plan(x: Tensor) -> Plan:
-    """The plan for a tensor that `laid_out` returned."""
-    found = _plan(x.shape, x.stride(), x.dtype)
-    if found is None:
-        raise ValueError(f"no CPU loop reads strides {x.stride()} of shape {tuple(x.shape)}: pass laid_out(x)")
-    return found
 
 
 @lru_cache(maxsize=4096)
@@ -147,44 +153,7 @@ def _beyond_cache() -> int:
 
 
 # --- launching ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Call:
-    """One call's memory and plan, as the loops' slots."""
-
-    def __init__(self, x: Tensor, planned: Plan, eps: float) -> None:
-        self.x, self.plan, self.eps = x, planned, eps
-        self.dy = self.out = self.weight = self.bias = self.moments = 0
-        self.coefficients = self.partials = self.grad_weight = self.grad_bias = 0
-        self.running: tuple[int, int, int] = (0, 0, 0)
-        self.factor = 0.0
-        self.dy_strides: tuple[int, int, int] = (0, 0, 0)
-        self.stream = False
-
-    def run(self, name: str, threads: int | None = None) -> bool:
-        p = self.plan
-        slots = (
-            self.x.data_ptr(), self.dy, self.out, self.weight, self.bias, *self.running,
-            self.moments, self.coefficients, self.partials, self.grad_weight, self.grad_bias,
-            p.batch, p.channels, p.space, 1 if p.kind == "rows" else p.space, *self.dy_strides,
-            p.parts, p.block, self.stream, self.eps, self.factor,
-        )  # fmt: skip
-        if threads is None:
-            threads = 1 if p.worth_threads == 1 else min(torch.get_num_threads(), p.worth_threads)
-        return launch.run(launch.kernel(name, self.x.dtype), slots, threads)
-
-    def writes(self, out: Tensor) -> Tensor:
-        self.out = out.data_ptr()
-        self.stream = self.plan.streams and self.out % 64 == 0
-        return out
-
-    def between_passes(self, coefficients: int) -> Tensor:
-        """Memory for the parts' sums and for the coefficients, from one allocation (float64 slots serve both)."""
-        sums = 2 * self.plan.parts * self.plan.channels
-        memory = torch.empty(sums + coefficients * self.plan.channels, dtype=torch.float64)
-        self.partials = memory.data_ptr()
-        self.coefficients = self.partials + 8 * sums
-        return memory
+# `slots` below are what loops.py names X, DY, OUT … FACTOR, in that order.
 
 
 def _address(t: Tensor | None) -> int:
@@ -198,92 +167,109 @@ def _as_statistics(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t.to(dtype).contiguous()
 
 
+def _streams(plan: Plan, out: int) -> bool:
+    return plan.streams and out % 64 == 0
+
+
+def _between_passes(plan: Plan, coefficients: int) -> tuple[Tensor, int, int]:
+    """Memory for the parts' sums and for the coefficients (float64 slots serve both), and where each begins."""
+    sums = 2 * plan.parts * plan.channels
+    memory = torch.empty(sums + coefficients * plan.channels, dtype=torch.float64)
+    return memory, memory.data_ptr(), memory.data_ptr() + 8 * sums
+
+
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
+    x: Tensor, plan: Plan, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Normalize with the batch's own moments; returns y and the moments (2, C): mean and biased variance, float64."""
-    planned = plan(x)
-    call = _Call(x, planned, eps)
-    y = call.writes(torch.empty_like(x))
-    moments = torch.empty((2, planned.channels), dtype=torch.float64)
-    weight, bias = _as_statistics(weight, planned.statistics), _as_statistics(bias, planned.statistics)
-    call.weight, call.bias, call.moments = _address(weight), _address(bias), moments.data_ptr()
+    y = torch.empty_like(x)
+    moments = torch.empty(2, plan.channels, dtype=torch.float64)
+    weight, bias = _as_statistics(weight, plan.statistics), _as_statistics(bias, plan.statistics)
+    buffers, factor = (0, 0, 0), 0.0
     if running is not None:
-        call.running = (_address(running.mean), _address(running.var), _address(running.batches))
-        call.factor = running.factor
-    if planned.fused:
-        alone = call.run(f"{planned.kind}_forward")
+        buffers = (_address(running.mean), _address(running.var), _address(running.batches))
+        factor = running.factor
+    memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
+    out = y.data_ptr()
+    slots = (
+        x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers, moments.data_ptr(), coefficients, partials, 0, 0,
+        *plan.slots, 0, 0, 0, _streams(plan, out), eps, factor,
+    )  # fmt: skip
+    if plan.fused:
+        alone = launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads())
         if running is not None and not alone:
-            call.run("update_running", threads=1)
+            launch.run("update_running", x.dtype, slots, 1)
     else:
-        _memory = call.between_passes(coefficients=3)  # named, so that it lives until the last pass is done
-        call.run(f"{planned.kind}_reduce")
-        call.run("combine", threads=1)
-        call.run(f"{planned.kind}_apply")
+        launch.run(f"{plan.kind}_reduce", x.dtype, slots, plan.threads())
+        launch.run("combine", x.dtype, slots, 1)
+        launch.run(f"{plan.kind}_apply", x.dtype, slots, plan.threads())
+    del memory  # alive until here
     return y, moments
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor, plan: Plan, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
 ) -> Gradients:
     """Gradients through the batch's moments of x, weight and bias, each only if wanted."""
-    planned = plan(x)
-    call = _Call(x, planned, eps)
-    dy, call.dy_strides = _readable(dy, x, planned)
-    call.dy, call.moments = dy.data_ptr(), moments.data_ptr()
-    dx = call.writes(torch.empty_like(x)) if wanted[0] else None
-    grad_weight, grad_bias = _vector(planned, wanted[1]), _vector(planned, wanted[2])
-    weight = _as_statistics(weight, planned.statistics)
-    call.weight, call.grad_weight, call.grad_bias = _address(weight), _address(grad_weight), _address(grad_bias)
-    if planned.fused:
-        if planned.kind == "small" and call.dy_strides[1:] != (planned.space, 1):  # a sample of dy is no row of columns
-            call.plan = planned = planned._replace(kind="planes", block=1)
-        call.run(f"{planned.kind}_backward")
+    dy, strides = _readable(dy, x, plan)
+    if plan.kind == "small" and strides[1:] != (plan.space, 1):  # a sample of dy is no row of columns
+        plan = plan._replace(kind="planes", block=1)
+    dx = torch.empty_like(x) if wanted[0] else None
+    grad_weight = torch.empty(plan.channels, dtype=plan.statistics) if wanted[1] else None
+    grad_bias = torch.empty(plan.channels, dtype=plan.statistics) if wanted[2] else None
+    weight = _as_statistics(weight, plan.statistics)
+    memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 4)
+    out = _address(dx)
+    slots = (
+        x.data_ptr(), dy.data_ptr(), out, _address(weight), 0, 0, 0, 0, moments.data_ptr(), coefficients, partials,
+        _address(grad_weight), _address(grad_bias), *plan.slots, *strides, _streams(plan, out), eps, 0.0,
+    )  # fmt: skip
+    if plan.fused:
+        launch.run(f"{plan.kind}_backward", x.dtype, slots, plan.threads())
     else:
-        _memory = call.between_passes(coefficients=4)
-        call.run(f"{planned.kind}_backward_reduce")
-        call.run("backward_combine", threads=1)
+        launch.run(f"{plan.kind}_backward_reduce", x.dtype, slots, plan.threads())
+        launch.run("backward_combine", x.dtype, slots, 1)
         if dx is not None:
-            call.run(f"{planned.kind}_backward_apply")
+            launch.run(f"{plan.kind}_backward_apply", x.dtype, slots, plan.threads())
+    del memory
     return Gradients(dx, grad_weight, grad_bias)
 
 
-def _vector(planned: Plan, wanted: bool) -> Tensor | None:
-    return torch.empty(planned.channels, dtype=planned.statistics) if wanted else None
-
-
-def evaluate(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def evaluate(
+    x: Tensor, plan: Plan, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """Normalize with given moments."""
-    planned = plan(x)
-    if planned.kind != "rows":
-        planned = planned._replace(parts=-(-planned.space // _LONG), block=_LONG, streams=planned.streams and planned.space % 8 == 0)
-    call = _Call(x, planned, eps)
-    y = call.writes(torch.empty_like(x))
-    memory = torch.empty((5, planned.channels), dtype=torch.float64)
-    memory[0].copy_(mean)
-    memory[1].copy_(var)
-    weight, bias = _as_statistics(weight, planned.statistics), _as_statistics(bias, planned.statistics)
-    call.weight, call.bias, call.moments = _address(weight), _address(bias), memory.data_ptr()
-    call.coefficients = call.moments + 16 * planned.channels
-    call.run("prepare", threads=1)
-    call.run("rows_apply" if planned.kind == "rows" else "planes_apply")
+    if plan.kind != "rows":  # runs in memory order, whatever the channels
+        streams = plan.streams and plan.space % 8 == 0
+        plan = plan._replace(kind="planes", parts=-(-plan.space // _LONG), block=_LONG, streams=streams)
+    y = torch.empty_like(x)
+    memory = torch.empty(5, plan.channels, dtype=torch.float64)  # two moments, three coefficients
+    memory[0], memory[1] = mean, var
+    weight, bias = _as_statistics(weight, plan.statistics), _as_statistics(bias, plan.statistics)
+    moments, out = memory.data_ptr(), y.data_ptr()
+    slots = (
+        x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments, moments + 16 * plan.channels, 0, 0, 0,
+        *plan.slots, 0, 0, 0, _streams(plan, out), eps, 0.0,
+    )  # fmt: skip
+    launch.run("prepare", x.dtype, slots, 1)
+    launch.run(f"{plan.kind}_apply", x.dtype, slots, plan.threads())
     return y
 
 
 # --- gradients of every layout -----------------------------------------------------------------------------------------------------
 
 
-def _readable(dy: Tensor, x: Tensor, planned: Plan) -> tuple[Tensor, tuple[int, int, int]]:
+def _readable(dy: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, tuple[int, int, int]]:
     """dy, or a copy laid out like x, and its strides over batch, channels and space; expanded gradients are read as they are."""
     if dy.dtype != x.dtype:
         dy = dy.to(x.dtype)
-    whole = planned.channels * planned.space
+    whole = plan.channels * plan.space
     if dy.stride() == x.stride() or (dy.is_contiguous() and x.is_contiguous()):
-        return dy, (whole, 1, planned.channels) if planned.kind == "rows" else (whole, planned.space, 1)
-    step = _step(dy) if planned.channels > 1 else None
-    if step is not None and (dy.stride(1) == 1 if planned.kind == "rows" else step in (0, 1)):
+        return dy, (whole, 1, plan.channels) if plan.kind == "rows" else (whole, plan.space, 1)
+    step = _step(dy) if plan.channels > 1 else None
+    if step is not None and (dy.stride(1) == 1 if plan.kind == "rows" else step in (0, 1)):
         return dy, (dy.stride(0), dy.stride(1), step)
-    return _readable(torch.empty_like(x).copy_(dy), x, planned)
+    return _readable(torch.empty_like(x).copy_(dy), x, plan)
 
 
 def _step(dy: Tensor) -> int | None:

@@ -14,26 +14,18 @@ So `torch.set_num_threads` is obeyed, each Python thread has the team that torch
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import struct
 import threading
-import types as python_types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 
-from batchnorm.kernels import loops
-from batchnorm.kernels.simd import pointer
-
-_SLOTS = struct.Struct(f"={loops.EPS}q2d")  # addresses and sizes, then eps and factor
-_TEAM = struct.Struct("=4q")  # this thread, all threads, and where to ask instead
-_STORED = {torch.float32: numba.float32, torch.float64: numba.float64, torch.bfloat16: numba.uint16}
+_SLOTS = struct.Struct("=23q2d")  # addresses and sizes, then eps and factor: X to FACTOR in loops.py
+_TEAM = struct.Struct("=4q")  # this thread, all threads, and where to ask instead: THREAD to NUMBER_OF_THREADS
 
 _forked = False
 
@@ -76,11 +68,12 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="batchnorm")
 
 
-def run(kernel: Kernel, slots: tuple[Any, ...], threads: int) -> bool:
-    """Call the kernel with the packed slots on up to `threads` threads, this one included, and wait for all of them.
+def run(name: str, dtype: torch.dtype, slots: tuple[Any, ...], threads: int) -> bool:
+    """Call the loop of that name with its slots on up to `threads` threads, this one included, and wait for all of them.
 
     Returns whether it ran on this thread alone.
     """
+    kernel = _kernels.get((name, dtype)) or _compiled(name, dtype)
     arguments = _SLOTS.pack(*slots)
     if threads <= 1 or _forked:
         kernel.call(arguments + _SERIAL)
@@ -109,48 +102,11 @@ _compiling = threading.Lock()
 _kernels: dict[tuple[str, torch.dtype], Kernel] = {}
 
 
-def kernel(name: str, dtype: torch.dtype) -> Kernel:
-    """The loop of that name for tensors of `dtype`, compiled (or read from Numba's cache) on first use."""
-    found = _kernels.get((name, dtype))
-    if found is None:
-        with _compiling:
-            found = _kernels.get((name, dtype))
-            if found is None:
-                found = _kernels[name, dtype] = Kernel(_compile(name, dtype))
-    return found
+def _compiled(name: str, dtype: torch.dtype) -> Kernel:
+    """The loop of that name for tensors of `dtype`, compiled or read from Numba's cache, once in a process."""
+    from batchnorm.kernels.compile import compiled  # loads Numba, which takes a second
 
-
-def _entry(slots):  # type: ignore[no-untyped-def]  # compiled by Numba; the names come from _compile
-    a = pointer(slots, int64)  # noqa: F821
-    thread, threads = who(a)  # noqa: F821
-    work(a, thread, threads, stored, param, acc)  # noqa: F821
-
-
-def _compile(name: str, dtype: torch.dtype) -> Any:
-    """A C function around one loop.
-
-    The function is a copy of `_entry` with its own globals. Numba finds cached code by qualified name and the age of this file
-    alone, so the name carries the loop, the dtype and a digest of the sources that are compiled in.
-    """
-    acc = numba.float64 if dtype == torch.float64 else numba.float32
-    names = {
-        "pointer": pointer, "who": loops.who, "work": getattr(loops, name), "int64": numba.int64,
-        "stored": _STORED[dtype], "param": acc, "acc": acc,
-    }  # fmt: skip
-    entry = python_types.FunctionType(_entry.__code__, {**globals(), **names}, name)
-    entry.__qualname__ = f"{name}_{str(dtype).removeprefix('torch.')}_{_digest()}"
-    entry.__module__ = __name__
-    options = {"error_model": "numpy"}
-    signature = numba.void(numba.intp)
-    try:
-        return numba.cfunc(signature, cache=True, **options)(entry)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        return numba.cfunc(signature, **options)(entry)  # neither the package's folder nor a user's cache can be written
-
-
-@cache
-def _digest() -> str:
-    sources = (Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "loops.py", "launch.py"))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    with _compiling:
+        if (name, dtype) not in _kernels:
+            _kernels[name, dtype] = Kernel(compiled(name, dtype))
+        return _kernels[name, dtype]

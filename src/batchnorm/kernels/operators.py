@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import reference
+from batchnorm.kernels import cpu, reference
 from batchnorm.kernels.choice import record
 
 
@@ -22,29 +22,18 @@ def train_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: An
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = _Train.apply(x, weight, bias, running, eps)
+        y: Tensor = _train_apply(x, weight, bias, running, eps)
         return y
-    return _forward(x, weight, bias, running, eps)[1]
-
-
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x as the loops read it, y, moments)."""
-    from batchnorm.kernels import cpu
-
-    x = cpu.laid_out(x)
-    y, moments = cpu.forward(x, weight, bias, running, eps)
+    x, plan = cpu.laid_out(x)
     record.forward = "cpu"
-    return x, y, moments
+    return cpu.forward(x, plan, weight, bias, running, eps)[0]
 
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    from batchnorm.kernels import cpu
-
-    found = cpu.backward(dy, x, weight, moments, eps, wanted)
+    x, plan = cpu.laid_out(x)
+    found = cpu.backward(dy, x, plan, weight, moments, eps, wanted)
     record.backward = "cpu"
     if weight is None or found.weight is None or weight.dtype == found.weight.dtype:
         return found.x, found.weight, found.bias
@@ -60,7 +49,9 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float) -> Tensor:
-        x, y, moments = _forward(x, weight, bias, running, eps)
+        x, plan = cpu.laid_out(x)
+        y, moments = cpu.forward(x, plan, weight, bias, running, eps)
+        record.forward = "cpu"
         ctx.save_for_backward(x, weight, moments)
         ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         return y
@@ -72,6 +63,10 @@ class _Train(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated itself
             return *differentiable_backward(dy, x, weight, ctx.eps, wanted, ctx.bias_dtype), None, None
         return *_backward(dy, x, weight, moments, ctx.eps, wanted), None, None
+
+
+# Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
+_train_apply = super(torch.autograd.Function, _Train).apply
 
 
 def differentiable_backward(
@@ -101,9 +96,8 @@ def evaluate_cpu(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y: Tensor = _Evaluate.apply(x, weight, bias, mean, var, eps)
         return y
-    from batchnorm.kernels import cpu
-
-    return cpu.evaluate(cpu.laid_out(x), mean, var, weight, bias, eps)
+    x, plan = cpu.laid_out(x)
+    return cpu.evaluate(x, plan, mean, var, weight, bias, eps)
 
 
 class _Evaluate(torch.autograd.Function):
@@ -113,12 +107,10 @@ class _Evaluate(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
     ) -> Tensor:
-        from batchnorm.kernels import cpu
-
-        x = cpu.laid_out(x)
+        x, plan = cpu.laid_out(x)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, torch.stack((mean.double(), var.double())))
         ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
-        return cpu.evaluate(x, mean, var, weight, bias, eps)
+        return cpu.evaluate(x, plan, mean, var, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
@@ -152,7 +144,9 @@ torch.library.define(
 
 @torch.library.impl("batchnorm::train", "CPU")
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    _, y, moments = _forward(x, weight, bias, None, eps)
+    read, plan = cpu.laid_out(x)
+    y, moments = cpu.forward(read, plan, weight, bias, None, eps)
+    record.forward = "cpu"
     promised = torch.empty_like(x)
     return (y if y.stride() == promised.stride() else promised.copy_(y)), moments
 
@@ -161,11 +155,7 @@ def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
 def _train_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from batchnorm.kernels import cpu
-
-    dx, grad_weight, grad_bias = _backward(
-        dy, cpu.laid_out(x), weight, moments, eps, (wanted[0], wanted[1], wanted[2])
-    )
+    dx, grad_weight, grad_bias = _backward(dy, x, weight, moments, eps, (wanted[0], wanted[1], wanted[2]))
     none = x.new_empty(0)
     if dx is not None:
         promised = torch.empty_like(x)

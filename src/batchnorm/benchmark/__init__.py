@@ -1,0 +1,69 @@
+"""The benchmark: our layers against their rivals, every figure behind a check that the results are right.
+
+``grid`` says what is measured, ``check`` lets a cell through or not, ``peers`` holds the contenders, ``timing`` the
+clock, ``worker`` the process that times, ``summary`` the bars, ``report`` what is shown and written.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+
+from batchnorm.benchmark import check, grid, machine, processes, report
+from batchnorm.benchmark.results import Check, Report, Timing
+
+__all__ = ["run"]
+
+
+def run(out: Path, quick: bool) -> None:
+    """Check, time and report; writes ``benchmark.json`` and ``benchmark.md`` into `out`.
+
+    Args:
+        out: directory, made if it is not there.
+        quick: a few small cells and short clocks, to see that all works; its figures judge nothing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    found = measure(grid.quick() if quick else grid.full(), console)
+    paths = found.save(out / "benchmark.json"), report.save(found, out / "benchmark.md")
+    report.show(found, console)
+    for path in paths:
+        console.print(f"[dim]{path}[/dim]")
+
+
+def measure(plan: grid.Plan, console: Console) -> Report:
+    """Carry out a plan. A cell that fails its check is not timed at all."""
+    began = time.perf_counter()
+    described = machine.describe()
+    with report.progress(console) as advance:
+        checks = _checks(plan, advance)
+        passed = {c.cell: c for c in checks if not c.problems}
+        first_call = processes.first_call() if plan.first_call else {}
+        timings: list[Timing] = []
+        for regime in grid.REGIMES:
+            jobs = [j for j in plan.jobs if j.regime == regime and (j.cell in passed)]
+            timings += processes.time_jobs(regime, jobs, passed, plan.seconds, advance)
+    return Report(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        quick=plan.quick,
+        seconds=time.perf_counter() - began,
+        machine=described,
+        last_level=machine.last_level(),
+        load_after=machine.load(),
+        first_call=first_call,
+        checks=tuple(checks),
+        timings=tuple(timings),
+    )
+
+
+def _checks(plan: grid.Plan, advance: report.Advance) -> list[Check]:
+    cells = list(dict.fromkeys(job.cell for job in plan.jobs))
+    found = []
+    for done, cell in enumerate(cells):
+        advance("checking", done, len(cells))
+        found.append(check.check(cell))
+    advance("checking", len(cells), len(cells))
+    return found

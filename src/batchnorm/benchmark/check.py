@@ -1,0 +1,175 @@
+"""The gate: a cell whose results are not right, or depend on the number of threads, gets no figures.
+
+Everything a training step and an evaluation give is compared with the closed form in float64. Ours may err no more than
+torch.nn errs in the same cell. Two allowances: a tenth, since which of two roundings is luckier is chance, and one unit
+in the last place of the largest value, which is what rounding the exact result may cost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import kernels, layers
+from batchnorm.benchmark.grid import Cell, threads
+from batchnorm.benchmark.peers import OURS, TORCH, Inputs, inputs, layer, module
+from batchnorm.benchmark.results import Check, Saved
+from batchnorm.kernels import reference
+from batchnorm.kernels.choice import record
+
+ALLOWED = 1.1
+_CHUNK = 2**19  # values that the oracle takes at a time: float64 temporaries that stay in cache
+_HARD = 1e4  # a mean so many deviations from zero costs the naive formula all digits
+_HARD_UP_TO = 16 * 2**20  # bytes
+_MOMENTUM, _EPS = 0.1, 1e-5
+
+
+def check(cell: Cell) -> Check:
+    """Judge one cell; never raises for what a kernel does: an exception is a problem, too."""
+    before = torch.get_num_threads()
+    try:
+        return _check_chain(cell) if cell.kind == "chain" else _check_layer(cell)
+    except Exception as error:
+        return Check(cell, problems=(f"{type(error).__name__}: {error}",))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_layer(cell: Cell) -> Check:
+    given = inputs(cell)
+    built = {OURS: layer(layers, given), TORCH: layer(nn, given)}
+    many = {name: observe(one, given, threads()) for name, one in built.items()}
+    training, evaluation, problems = _ran(layer(layers, given), given)
+    one = observe(layer(layers, given), given, 1)
+    problems += [
+        f"{name} differs between 1 and {threads()} threads" for name in one if not _same(one[name], many[OURS][name])
+    ]
+    errors, worse = _errors(many, given)
+    if cell.dtype == "float32" and cell.bytes <= _HARD_UP_TO:
+        hard = inputs(cell, offset=_HARD)
+        both = {name: observe(layer(source, hard), hard, threads()) for name, source in ((OURS, layers), (TORCH, nn))}
+        hard_errors, hard_worse = _errors(both, hard)
+        errors |= {f"{name}, mean = 1e4 deviations": pair for name, pair in hard_errors.items()}
+        worse += [f"{problem}, where the mean is 1e4 deviations" for problem in hard_worse]
+    saved = {name: saved_for_backward(one, given.x) for name, one in built.items()}
+    return Check(cell, training, evaluation, errors, saved, tuple(problems + worse))
+
+
+def _check_chain(cell: Cell) -> Check:
+    """Check the layer alone at the cell's shape, since convolutions round as they please, and the kernel in the chain."""
+    alone = _check_layer(Cell(cell.shape, cell.dtype, cell.layout))
+    given = inputs(cell)
+    chain = module(layers, cell, given)
+    chain(given.x).backward(given.grad_y)
+    problems = alone.problems
+    if kernels.ran() != (alone.training, alone.training):
+        problems += (f"kernel {kernels.ran()} ran in the chain, and {alone.training!r} in the layer alone",)
+    return Check(cell, alone.training, alone.evaluation, alone.errors, alone.saved, problems)
+
+
+def observe(one: nn.Module, given: Inputs, with_threads: int) -> dict[str, Tensor]:
+    """Evaluate, then take one training step on a fresh layer; everything that comes of it."""
+    torch.set_num_threads(with_threads)
+    x = given.x.detach().requires_grad_()
+    with torch.no_grad():
+        evaluated = one.eval()(x)
+    y = one.train()(x)
+    y.backward(given.grad_y)
+    state: dict[str, Any] = {**dict(one.named_parameters()), **dict(one.named_buffers())}
+    state: dict[str, Tensor | None] = {f"d{name}": p.grad for name, p in one.named_parameters()} | dict(one.named_buffers())
+    results = {name: state[name] for name in ("dweight", "dbias", "running_mean", "running_var")}
+    results |= {"evaluation": evaluated, "y": y.detach(), "dx": x.grad}
+    return {name: _there(t) for name, t in results.items()}
+
+
+def _there(t: Tensor | None) -> Tensor:
+    if t is None:
+        raise RuntimeError("a gradient or a statistic is missing")
+    return t
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+def _ran(one: nn.Module, given: Inputs) -> tuple[str, str, list[str]]:
+    """The kernels that training and evaluation ran through, and where they are not those that were announced."""
+    others: list[Any] = [one.weight, one.bias, one.running_mean, one.running_var]
+    problems = []
+    kernel = {mode: kernels.which(given.x, mode, *others) for mode in (True, False)}
+    record.forward = record.backward = None
+    one.train()(given.x).sum().backward()
+    given.x.grad = None
+    # ATen's own backward leaves no record.
+    if kernels.ran() != (kernel[True], kernel[True] if kernel[True] != "aten" else None):
+        problems.append(f"kernel {kernel[True]!r} was announced for training, and {kernels.ran()} ran")
+    with torch.no_grad():
+        one.eval()(given.x)
+    if kernels.ran().forward != kernel[False]:
+        problems.append(f"kernel {kernel[False]!r} was announced for evaluation, and {kernels.ran().forward!r} ran")
+    return kernel[True], kernel[False], problems
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------
+
+
+def oracle(given: Inputs, channels: slice) -> dict[str, Tensor]:
+    """What `observe` should give for some of the channels, in float64."""
+    x, grad_y = (t.detach()[:, channels].double() for t in (given.x, given.grad_y))
+    weight, bias, running_mean, running_var = (
+        t[channels].double() for t in (given.weight, given.bias, given.running_mean, given.running_var)
+    )
+    y, mean, var = reference.train_forward(x, weight, bias, _EPS)
+    dx, dweight, dbias = reference.train_backward(grad_y, x, weight, mean, var, _EPS)
+    count = x.numel() // x.shape[1]
+    moved = reference.running_update(running_mean, running_var, mean, var, count, _MOMENTUM)
+    return {
+        "evaluation": reference.inference(x, running_mean, running_var, weight, bias, _EPS),
+        "y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "running_mean": moved[0], "running_var": moved[1],
+    }  # fmt: skip
+
+
+def _errors(found: dict[str, dict[str, Tensor]], given: Inputs) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """The largest errors, ours and torch.nn's, of every result, and which of ours are too large."""
+    largest: dict[tuple[str, str], Tensor] = {}
+    size: dict[str, Tensor] = {}
+    channels = given.x.shape[1]
+    step = max(1, _CHUNK * channels // given.x.numel())
+    for start in range(0, channels, step):
+        part = slice(start, start + step)
+        for name, exact in oracle(given, part).items():
+            size[name] = torch.maximum(size.get(name, exact.new_zeros(())), exact.abs().max())
+            for whose, results in found.items():
+                got = results[name]
+                error = ((got[:, part] if got.dim() > 1 else got[part]).detach() - exact).abs_().max()
+                largest[whose, name] = torch.maximum(largest.get((whose, name), error), error)
+    errors = {name: (float(largest[OURS, name]), float(largest[TORCH, name])) for name in size}
+    problems = []
+    for name, (ours, theirs) in errors.items():
+        allowed = max(ALLOWED * theirs, torch.finfo(found[OURS][name].dtype).eps * float(size[name]))
+        if not ours <= allowed:  # nan fails, too
+            problems.append(f"{name} is off by {ours:.2g}, and torch.nn's by {theirs:.2g} (allowed: {allowed:.2g})")
+    return errors, problems
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def saved_for_backward(one: nn.Module, x: Tensor) -> Saved:
+    """Count the bytes that a training forward keeps for its backward, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        _y = one.train()(x)  # named, so that no storage is freed and its address used again before all is counted
+    own = {t.untyped_storage().data_ptr() for t in (*one.parameters(), *one.buffers())}
+    return Saved(
+        input=kept.pop(x.untyped_storage().data_ptr(), 0),
+        layer=sum(size for address, size in kept.items() if address in own),
+        extra=sum(size for address, size in kept.items() if address not in own),
+    )
