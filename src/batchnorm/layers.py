@@ -50,7 +50,7 @@ class _Ours:
             return batch_norm(input, mean, var, weight, bias, mean is None and var is None, self.momentum, self.eps)
         if not self.track_running_stats:
             return batch_norm(input, None, None, weight, bias, True, self.momentum, self.eps)
-        batches = self.num_batches_tracked
+        batches = buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
         return batch_norm(input, mean, var, weight, bias, True, self.momentum, self.eps, num_batches_tracked=batches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 
-_CACHES = {"L1 data": "SC_LEVEL1_DCACHE_SIZE", "L2": "SC_LEVEL2_CACHE_SIZE", "L3": "SC_LEVEL3_CACHE_SIZE"}
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20}
 
 
 def describe() -> dict[str, str]:
     """Describe processor, caches, memory, versions and how busy the machine is."""
-    caches = {name: cache(key) for name, key in _CACHES.items()}
+    caches = _caches()
     rivals = [f"{name} {version(name)}" for name in ("jax",) if importlib.util.find_spec(name) is not None]
     return {
         "processor": _processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "caches": ", ".join(f"{name} {_size(size)}" for name, size in caches.items() if size) or "unknown",
+        "caches": ", ".join(f"L{level} {_size(size)}" for level, size in caches.items()) or "unknown",
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver()) or 'libc unknown'}",
         "versions": ", ".join(
             [
@@ -34,17 +35,22 @@ def describe() -> dict[str, str]:
     }
 
 
-def cache(key: str) -> int:
-    """The size of a cache in bytes, 0 if the system does not say."""
-    try:
-        return max(0, os.sysconf(key))
-    except (ValueError, OSError, AttributeError):
-        return 0
-
-
 def last_level() -> int:
     """The size of the last-level cache in bytes; 32 MiB if the system does not say."""
-    return cache("SC_LEVEL3_CACHE_SIZE") or 32 * 2**20
+    return list(_caches().values())[-1] if _caches() else 32 * 2**20
+
+
+def _caches() -> dict[int, int]:
+    """Bytes of the first core's data caches by level, as far as the system says."""
+    found: dict[int, int] = {}
+    for index in sorted(_CACHES.glob("index*")):
+        try:
+            kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+            if kind != "Instruction":
+                found[int(level)] = int(size[:-1]) * _UNITS[size[-1]]
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+    return dict(sorted(found.items()))
 
 
 def load() -> str:

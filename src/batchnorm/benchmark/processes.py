@@ -18,7 +18,7 @@ from batchnorm.benchmark.grid import Cell, Job, Regime
 from batchnorm.benchmark.results import Check, Timing, timing
 
 # glibc gives large blocks back to the system when they are freed, and the next one is made of new pages, each cleared
-# when it is first touched. These thresholds keep them. Elsewhere the variable means nothing, and both regimes are alike.
+# when it is first touched. These thresholds keep them. Elsewhere the variable means nothing, and both are alike.
 WARM = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 
 

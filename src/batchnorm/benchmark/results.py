@@ -90,7 +90,8 @@ class Report:
 
     def to_json(self) -> str:
         """Give the JSON text, with the bars that follow from the figures for readers who do not compute."""
-        from batchnorm.benchmark.summary import bars, geometric_means
+        from batchnorm.benchmark.bars import bars  # they are computed from a report
+        from batchnorm.benchmark.summary import geometric_means
 
         derived = {
             "bars": [asdict(b) for b in bars(self)],

@@ -82,6 +82,17 @@ def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
     return asked
 
 
+def unwatched() -> bool:
+    """Whether nothing but eager mode looks on: no kernel asked for, no transform, mode or tracer that wants operations."""
+    return (
+        asked_for.get() is None
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is watching: they need operations, not memory."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0

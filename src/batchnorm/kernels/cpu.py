@@ -15,7 +15,6 @@ from torch import Tensor
 from batchnorm.kernels import launch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
 _SMALL_SPACE = 64  # runs shorter than this are seen as columns
 _COLUMNS = 512  # the loops' limit of columns in a block
@@ -41,6 +40,8 @@ class Plan(NamedTuple):
     worth_threads: int
     streams: bool  # the output is large and regular enough to be written around the caches
     statistics: torch.dtype  # of weight, bias, running statistics and their gradients
+    vector: torch.Size  # theirs
+    moments: Tensor  # a pattern: `empty_like` costs less than to say what is wanted
 
     @property
     def slots(self) -> tuple[int, int, int, int, int, int]:
@@ -69,45 +70,38 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def supports(x: Tensor) -> bool:
-    """Whether the loops can serve this tensor, after a copy if its layout is unusual."""
-    return x.dtype in DTYPES and x.device.type == "cpu" and x.layout == torch.strided and 2 <= x.dim() <= 5
-
-
 def laid_out(x: Tensor) -> tuple[Tensor, Plan]:
-    """x itself where the loops can read it, else a copy that they can; and the plan for it."""
-    found = _plan(x.shape, x.stride(), x.dtype)
+    """x itself where the loops can read it, else a copy that they can (autograd sees it made); and the plan for it."""
+    found = plan(x.shape, x.stride(), x.dtype)
     if found is None:
         x = x.contiguous()
-        found = _plan(x.shape, x.stride(), x.dtype)
+        found = plan(x.shape, x.stride(), x.dtype)
         assert found is not None, "contiguous tensors can always be read"
     return x, found
-
-
-def holds_statistics(buffer: Tensor | None, x: Tensor) -> bool:
-    """Whether the loops can move this buffer in place."""
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return buffer is None or (buffer.dtype == wanted and buffer.is_contiguous())
 
 
 # --- planning ----------------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
-def _plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
+def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
+    """How to serve tensors of that shape, layout and dtype; None where the loops cannot or where no variance exists."""
+    if dtype not in DTYPES or not 2 <= len(shape) <= 5 or shape.numel() <= shape[1]:
+        return None
     seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
     if seen is None:
         return None
     kind, batch, channels, space = seen
-    itemsize = dtype.itemsize
-    size = batch * channels * space * itemsize
-    fused, parts, block = _divide(kind, batch, channels, space, itemsize)
+    size = batch * channels * space * dtype.itemsize
+    fused, parts, block = _divide(kind, batch, channels, space, dtype.itemsize)
     run = {"rows": channels, "planes": space, "small": channels * space if block % 8 == 0 else 1}[kind]
     return Plan(
         kind, batch, channels, space, fused, parts, block,
         worth_threads=1 + size // _PER_THREAD,
         streams=size >= _beyond_cache() and run % 8 == 0,
         statistics=torch.float64 if dtype == torch.float64 else torch.float32,
+        vector=torch.Size([channels]),
+        moments=torch.empty(2, channels, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -183,7 +177,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Normalize with the batch's own moments; returns y and the moments (2, C): mean and biased variance, float64."""
     y = torch.empty_like(x)
-    moments = torch.empty(2, plan.channels, dtype=torch.float64)
+    moments = torch.empty_like(plan.moments)
     weight, bias = _as_statistics(weight, plan.statistics), _as_statistics(bias, plan.statistics)
     buffers, factor = (0, 0, 0), 0.0
     if running is not None:

@@ -15,54 +15,60 @@ from batchnorm.kernels import cpu, reference
 from batchnorm.kernels.choice import record
 
 
-def train_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float) -> Tensor:
+def train_cpu(
+    x: Tensor, plan: cpu.Plan, weight: Tensor | None, bias: Tensor | None, running: cpu.Running | None, eps: float
+) -> Tensor:
     """Normalize with the batch's moments on the CPU loops, moving the running statistics; differentiable in eager mode."""
+    record.forward = "cpu"
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = _train_apply(x, weight, bias, running, eps)
+        y: Tensor = _train_apply(x, plan, weight, bias, running, eps)
         return y
-    x, plan = cpu.laid_out(x)
-    record.forward = "cpu"
     return cpu.forward(x, plan, weight, bias, running, eps)[0]
-
-
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, plan = cpu.laid_out(x)
-    found = cpu.backward(dy, x, plan, weight, moments, eps, wanted)
-    record.backward = "cpu"
-    if weight is None or found.weight is None or weight.dtype == found.weight.dtype:
-        return found.x, found.weight, found.bias
-    return found.x, _as(found.weight, weight.dtype), _as(found.bias, weight.dtype)
-
-
-def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype)
 
 
 class _Train(torch.autograd.Function):
     """Saves x, the moments (2, C) and references to the parameters; nothing else the size of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, eps: float) -> Tensor:
-        x, plan = cpu.laid_out(x)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        plan: cpu.Plan,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: cpu.Running | None,
+        eps: float,
+    ) -> Tensor:
         y, moments = cpu.forward(x, plan, weight, bias, running, eps)
-        record.forward = "cpu"
         ctx.save_for_backward(x, weight, moments)
-        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
+        ctx.rest = plan, eps, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         x, weight, moments = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        plan, eps, bias_dtype = ctx.rest
+        need_x, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        wanted = need_x, need_weight, need_bias
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated itself
-            return *differentiable_backward(dy, x, weight, ctx.eps, wanted, ctx.bias_dtype), None, None
-        return *_backward(dy, x, weight, moments, ctx.eps, wanted), None, None
+            record.backward = "reference"
+            dx, grad_weight, grad_bias = differentiable_backward(dy, x, weight, eps, wanted, bias_dtype)
+        else:
+            record.backward = "cpu"
+            dx, grad_weight, grad_bias = cpu.backward(dy, x, plan, weight, moments, eps, wanted)
+            grad_weight, grad_bias = _as(grad_weight, weight), _as(grad_bias, bias_dtype)
+        return dx, None, grad_weight, grad_bias, None, None
+
+
+def _as(t: Tensor | None, like: Tensor | torch.dtype | None) -> Tensor | None:
+    """A gradient in its parameter's dtype."""
+    if t is None or like is None:
+        return None
+    return t.to(like.dtype if isinstance(like, Tensor) else like)
 
 
 # Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
@@ -80,9 +86,7 @@ def differentiable_backward(
     """The backward as operations that autograd records, in terms of x itself."""
     moments = reference.Moments.of(x, (0, *range(2, x.dim())))
     found = reference.train_backward(dy, x, weight, moments.mean, moments.biased_variance, eps)
-    record.backward = "reference"
-    dtypes = (x.dtype, None if weight is None else weight.dtype, bias_dtype)
-    grads = [_as(g, d) if want and d is not None else None for g, d, want in zip(found, dtypes, wanted, strict=True)]
+    grads = [_as(g, like) if want else None for g, like, want in zip(found, (x, weight, bias_dtype), wanted, strict=True)]
     return grads[0], grads[1], grads[2]
 
 
@@ -155,7 +159,10 @@ def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
 def _train_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, grad_weight, grad_bias = _backward(dy, x, weight, moments, eps, (wanted[0], wanted[1], wanted[2]))
+    read, plan = cpu.laid_out(x)
+    dx, *rest = cpu.backward(dy, read, plan, weight, moments, eps, (wanted[0], wanted[1], wanted[2]))
+    record.backward = "cpu"
+    grad_weight, grad_bias = (_as(t, plan.statistics if weight is None else weight) for t in rest)
     none = x.new_empty(0)
     if dx is not None:
         promised = torch.empty_like(x)
