@@ -1,0 +1,219 @@
+"""The benchmark: no figure for a wrong result, right ratios, files that can be read back. No time is judged."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from batchnorm import benchmark, kernels
+from batchnorm.benchmark import check, grid, peers, processes, report, summary, timing
+from batchnorm.benchmark.bars import bars
+from batchnorm.benchmark.results import Check, Report, Saved, Timing
+from batchnorm.kernels import cpu
+
+TINY = grid.Cell((8, 16, 6, 6))
+PLAIN = grid.Cell((32, 64, 56, 56))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    cells = (TINY, grid.Cell((8, 16, 6, 6), "bfloat16", "channels_last"), grid.Cell((32, 64)))
+    chain = grid.Job(grid.Cell((2, 8, 6, 6), kind="chain"), grid.threads(), "warm", grid.CHAIN_OPERATIONS)
+    jobs = (*(grid.Job(cell, grid.threads(), "warm") for cell in cells), grid.Job(TINY, 1, "fresh"), chain)
+    monkeypatch.setattr(grid, "quick", lambda: grid.Plan(jobs, seconds=0.005, quick=True, first_call=False))
+
+
+def made(*timings: Timing, checks: tuple[Check, ...] = (), last_level: int = 2**25) -> Report:
+    return Report("2026-01-01T00:00:00+00:00", False, 1.0, {"processor": "[a]"}, last_level, "0.0", {}, checks, timings)
+
+
+def timed(cell: grid.Cell, ours: float, theirs: float, operation: str = "forward", regime: str = "warm") -> Timing:
+    seconds = {peers.OURS: ours, peers.TORCH: theirs, peers.COPY: ours / 1.5}
+    return Timing(cell, 2, regime, operation, seconds, dict.fromkeys(seconds, 0.01), 9)
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_figures_for_every_cell_and_they_can_be_read_back(tiny, tmp_path, capsys):
+    benchmark.run(tmp_path / "new", quick=True)
+
+    text = (tmp_path / "new" / "benchmark.json").read_text(encoding="utf-8")
+    found = Report.from_json(text)
+    assert [check.problems for check in found.checks] == [()] * 4
+    assert [t.problem for t in found.timings] == [None] * 13
+    assert {check.training for check in found.checks} <= {"cpu", "aten"}
+    for t in found.timings:
+        rivals = {peers.OURS, peers.TORCH} | ({peers.COPY} if t.cell.kind == "layer" else set())
+        assert set(t.seconds) == rivals
+        assert all(seconds > 0 for seconds in t.seconds.values())
+    assert found.to_json() + "\n" == text
+    data = json.loads(text)
+    assert (data["schema"], data["version"]) == ("batchnorm.benchmark", 1)
+    assert {"bars", "geometric_means", "machine", "timings", "checks", "load_after"} < set(data)
+    assert "8×16×6×6" in (tmp_path / "new" / "benchmark.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["benchmark.json", "benchmark.md"]
+    assert "quick run" in capsys.readouterr().out
+
+
+def test_another_file_is_refused():
+    with pytest.raises(ValueError, match="run the benchmark again"):
+        Report.from_json('{"schema": "batchnorm.compare", "version": 1}')
+
+
+# --- the gate ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_gate_lets_through_has_small_errors_and_saves_two_vectors():
+    found = check.check(TINY)
+    assert found.problems == ()
+    assert found.saved[peers.OURS] == Saved(input=8 * 16 * 36 * 4, layer=16 * 4, extra=2 * 16 * 8)
+    assert {"y", "dx", "dweight", "dbias", "running_mean", "running_var", "evaluation"} < set(found.errors)
+    assert any("1e4" in name for name in found.errors)
+
+
+def test_a_wrong_kernel_gets_no_figures(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check, "layer", lambda source, given: off(peers_layer(source, given), source))
+    benchmark.run(tmp_path, quick=True)
+    found = Report.from_json((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    assert not found.timings
+    assert all(any("y is off by" in problem for problem in check.problems) for check in found.checks)
+    assert not any(bar.passed for bar in bars(found) if bar.name == "lowest of all")
+    assert "Without figures: 4" in capsys.readouterr().out
+
+
+peers_layer = peers.layer  # before any test replaces it
+
+
+def off(layer, source):
+    """Ours, when asked for it, a hundredth too large."""
+    if source is not torch.nn:
+        layer.register_forward_hook(lambda module, inputs, y: y * 1.01)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("result", "spoil"),
+    [
+        ("dx", lambda g: g._replace(x=g.x * 1.001)),
+        ("dweight", lambda g: g._replace(weight=g.weight + 0.01)),
+        ("dbias", lambda g: g._replace(bias=g.bias * torch.nan)),
+    ],
+)
+def test_a_wrong_backward_is_named(monkeypatch, result, spoil):
+    right = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda *arguments: spoil(right(*arguments)))
+    assert any(problem.startswith(f"{result} is off by") for problem in check.check(TINY).problems)
+
+
+def test_results_that_depend_on_the_number_of_threads_are_refused(monkeypatch):
+    right = cpu.forward
+
+    def forward(*arguments):
+        y, moments = right(*arguments)
+        return (y if torch.get_num_threads() > 1 else torch.nextafter(y, y + 1)), moments
+
+    monkeypatch.setattr(cpu, "forward", forward)
+    monkeypatch.setattr(grid, "threads", lambda: 2)
+    monkeypatch.setattr(check, "threads", lambda: 2)
+    assert "y differs between 1 and 2 threads" in check.check(TINY).problems
+
+
+def test_another_kernel_than_announced_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "which", lambda x, training, *others: "reference")
+    assert any("'reference' was announced for training" in problem for problem in check.check(TINY).problems)
+
+
+def test_an_exception_is_a_problem_and_leaves_the_threads_alone(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no such luck")
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cpu, "forward", broken)
+    assert check.check(TINY).problems == ("RuntimeError: no such luck",)
+    assert torch.get_num_threads() == before
+
+
+def test_a_process_that_ends_early_leaves_failures_not_gaps(monkeypatch, capfd):
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    found = processes.time_jobs(
+        "warm", [grid.Job(TINY, 1, "warm")], {TINY: Check(TINY, "cpu", "aten")}, 0.01, lambda *_: None
+    )
+    assert [t.operation for t in found] == list(grid.OPERATIONS)
+    assert all("ended early" in (t.problem or "") for t in found)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_and_means():
+    found = made(
+        timed(PLAIN, 1.0, 2.0), timed(grid.Cell((8, 64, 56, 56)), 1.0, 8.0), timed(grid.Cell((32, 64)), 1.0, 0.5)
+    )
+    assert [t.ratio(peers.TORCH) for t in found.timings] == [2.0, 8.0, 0.5]
+    assert found.timings[0].ratio(peers.JAX) is None
+    (mean,) = summary.geometric_means(found)
+    assert (mean.mean, mean.lowest, mean.cells) == (pytest.approx(4.0), 2.0, 2)  # the two-dimensional cell is not in it
+    assert [t.cell.shape for t in summary.slower(found)] == [(32, 64)]
+
+
+def bar(name, *timings, checks=(), last_level=2**25):
+    (found,) = (b for b in bars(made(*timings, checks=checks, last_level=last_level)) if b.name == name)
+    return found.value, found.passed, found.figures
+
+
+def test_bars():
+    forward = "float32 contiguous, forward"
+    assert bar(forward, timed(PLAIN, 1, 5.5)) == (pytest.approx(5.5), True, 1)
+    assert bar(forward, timed(PLAIN, 1, 4.5)) == (pytest.approx(4.5), False, 1)
+    assert bar(forward, timed(PLAIN, 1, 9.0, regime="fresh")) == (None, None, 0)
+    refused = (Check(grid.Cell((8, 64, 56, 56)), problems=("wrong",)),)
+    assert bar(forward, timed(PLAIN, 1, 5.5), checks=refused) == (pytest.approx(5.5), False, 1)
+    assert bar(forward, timed(PLAIN, 1, 5.5), Timing(PLAIN, 2, "warm", "forward", problem="lost"))[1] is False
+    assert bar("lowest of all", timed(PLAIN, 1, 9), timed(grid.Cell((32, 64)), 1, 0.98)) == (0.98, True, 2)
+    assert bar("lowest of all", timed(PLAIN, 1, 9), timed(grid.Cell((32, 64)), 1, 0.96)) == (0.96, False, 2)
+    copies = "… beyond the cache, most copies"
+    assert bar(copies, timed(PLAIN, 1, 9)) == (None, None, 0)
+    assert bar(copies, timed(PLAIN, 1, 9), last_level=2**20) == (pytest.approx(1.5), True, 1)
+
+
+def test_contenders_take_turns_and_medians_are_of_single_calls(monkeypatch):
+    order = []
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    found, rounds = timing.interleaved(calls, budget=100)
+    assert rounds >= 7
+    assert all(one.seconds == 1.0 and one.spread == 0.0 for one in found.values())  # the clock ticks once a sample
+    turns = order[-3 * rounds :]
+    assert ["".join(turns[i : i + 3]) for i in range(0, 9, 3)] == ["abc", "bca", "cab"]
+
+
+def test_the_full_grid_is_the_specified_one():
+    plan = grid.full()
+    cells = {job.cell for job in plan.jobs if job.cell.kind == "layer"}
+    assert len(cells) == 25 * 4 + 5 * 2 + 4
+    assert {(job.threads, job.regime) for job in plan.jobs} >= {(grid.threads(), "warm"), (grid.threads(), "fresh")}
+    assert any(job.cell.kind == "chain" for job in plan.jobs)
+
+
+@pytest.mark.parametrize("cell", [TINY, grid.Cell((4, 8, 4, 4, 4), "bfloat16", "channels_last"), grid.Cell((4, 8, 5))])
+def test_inputs_have_the_layout_and_dtype_of_their_cell_and_are_the_same_each_time(cell):
+    first, second = peers.inputs(cell), peers.inputs(cell)
+    assert torch.equal(first.x, second.x)
+    assert first.x.dtype == first.grad_y.dtype == cell.torch_dtype
+    wanted = (
+        {4: torch.channels_last, 5: torch.channels_last_3d}[len(cell.shape)] if cell.layout != "contiguous" else None
+    )
+    assert first.x.is_contiguous(memory_format=wanted or torch.contiguous_format)
+
+
+def test_markup_in_an_error_is_shown_as_it_is():
+    failed = Check(TINY, problems=("size [8, 16] does not [/fit]",))
+    found = made(timed(PLAIN, 1.0, 0.5), checks=(failed,))
+    out = io.StringIO()
+    report.show(found, Console(file=out, width=200))
+    assert "size [8, 16] does not [/fit]" in out.getvalue()
+    assert "size [8, 16] does not [/fit]" in report.markdown(found)
