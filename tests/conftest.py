@@ -1,0 +1,52 @@
+"""What every test has: memory that is not zero by luck, and the library's caches as it found them."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from batchnorm.kernels import cpu
+
+SLOW = "BATCHNORM_SLOW"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"slow: needs gigabytes or minutes; runs where {SLOW}=1 is set")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get(SLOW) == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason=f"slow: set {SLOW}=1 to run it"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, whoever asks for it, so that a value that a kernel forgot to write shows.
+
+    It is torch's own mode, below Python: `empty`, `empty_like`, `new_empty` and `empty_strided` all obey.
+    """
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def streaming(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every tensor counts as larger than the cache, so that output is written around it wherever its shape allows."""
+    monkeypatch.setattr(cpu, "_beyond_cache", lambda: 0)
+    cpu._plan.cache_clear()
+    yield
+    cpu._plan.cache_clear()
