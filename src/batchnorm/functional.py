@@ -77,7 +77,7 @@ def batch_norm(
     return y
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 def _common_case(
@@ -202,10 +202,11 @@ def _traced(
     else:
         y, mean, var = _train_aten(x, weight, bias, eps)
     _track(x, running_mean, running_var, batches, momentum, mean, var)
-    return y
+    normalized: Tensor = y
+    return normalized
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------------
+# --- evaluation ---
 
 
 def _evaluate(
@@ -218,7 +219,8 @@ def _evaluate(
     eps: float,
 ) -> Tensor:
     small = asked_for.get() is None and x.numel() * x.element_size() < EVALUATE_FROM
-    if small and eps >= 0:  # ATen checks enough for itself: evaluation changes nothing, so ours can wait until it objects
+    if small and eps >= 0:
+        # ATen checks enough for itself. Evaluation changes nothing, so our own checks can wait until it objects.
         try:
             y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
         except (RuntimeError, IndexError, ValueError):
@@ -227,7 +229,8 @@ def _evaluate(
         record.forward = "aten"
         return y
     _check(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
-    assert running_mean is not None and running_var is not None  # _check has seen to it
+    assert running_mean is not None  # _check has seen to it
+    assert running_var is not None
     kernel = record.forward = which(x, False, weight, bias, running_mean, running_var)
     if kernel == "reference":
         return reference.inference(x, running_mean, running_var, weight, bias, eps)
@@ -247,7 +250,15 @@ def _evaluate_aten(
     if x.dtype in _NARROW and running_mean is not None and running_mean.dtype == torch.float32:
         weight, bias = _widened(weight), _widened(bias)
     return torch.batch_norm(
-        x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled  # type: ignore[arg-type]
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        False,
+        0.0,
+        eps,
+        torch.backends.cudnn.enabled,
     )
 
 
@@ -255,7 +266,7 @@ def _widened(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------------------
+# --- checks ---
 
 
 def _check(
@@ -285,7 +296,9 @@ def _check(
             "use a larger batch, drop the last one, or eval()"
         )
     if eps <= 0 and (training or eps < 0):
-        raise ValueError(f"batch_norm eps must be {'positive during training' if training else 'non-negative'}, but got {eps}")
+        raise ValueError(
+            f"batch_norm eps must be {'positive during training' if training else 'non-negative'}, but got {eps}"
+        )
     if momentum is None:
         if training and running_mean is not None and batches is None:
             raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
@@ -312,11 +325,13 @@ def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
                 f"{name} should contain {channels} elements not {t.numel()}: "
                 f"the input of size {tuple(x.shape)} has {channels} channels"
             )
-        raise RuntimeError(f"{name} should be a vector of {channels} elements, got size {tuple(t.shape)}: use reshape(-1)")
+        raise RuntimeError(
+            f"{name} should be a vector of {channels} elements, got size {tuple(t.shape)}: use reshape(-1)"
+        )
     if t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype in _NARROW):
         return
-    if name.startswith("running") and t.dtype.is_floating_point:  # a wider (or, if insisted on, narrower) store of values
-        return
+    if name.startswith("running") and t.dtype.is_floating_point:
+        return  # a store of values, which may be wider (or, if somebody insists, narrower)
     raise RuntimeError(
         f"mixed dtype: {name} is {t.dtype} and the input is {x.dtype}; parameters have the input's dtype, "
         "or float32 beside half precision"

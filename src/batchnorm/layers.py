@@ -1,4 +1,4 @@
-"""Batch normalization layers that take the place of ``torch.nn``'s: buffers, modes and repr; the work is in ``functional``."""
+"""Layers that take the place of ``torch.nn``'s: buffers, modes and repr; the work is in ``functional``."""
 
 from __future__ import annotations
 
@@ -14,55 +14,51 @@ from batchnorm.functional import batch_norm
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
+if TYPE_CHECKING:
+    _Base = nn.modules.batchnorm._BatchNorm  # what it is mixed into
+else:
+    _Base = object
+
 _STATISTICS = ("running_mean", "running_var")
 
 
-class _Ours:
+class _Ours(_Base):
     """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
-
-    if TYPE_CHECKING:  # torch's layers have these
-        running_mean: Tensor | None
-        running_var: Tensor | None
-        num_batches_tracked: Tensor | None
-        weight: Tensor | None
-        bias: Tensor | None
-        training: bool
-        track_running_stats: bool
-        momentum: float | None
-        eps: float
-        _buffers: dict[str, Tensor | None]
-        _parameters: dict[str, Tensor | None]
-        _check_input_dim: Callable[[Tensor], None]
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *space)``; with the batch's moments in training, with the running statistics otherwise."""
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
             tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})  # type: ignore[no-any-return]
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         self._check_input_dim(input)
-        # Straight from the dictionaries where they have it: nn.Module's attribute look-up costs more than the checks.
-        parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
-        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
-        var = buffers["running_var"] if "running_var" in buffers else self.running_var
+        weight, bias = _look_up(self, self._parameters, "weight"), _look_up(self, self._parameters, "bias")
+        mean, var = _look_up(self, self._buffers, "running_mean"), _look_up(self, self._buffers, "running_var")
         if not self.training:
             return batch_norm(input, mean, var, weight, bias, mean is None and var is None, self.momentum, self.eps)
         if not self.track_running_stats:
             return batch_norm(input, None, None, weight, bias, True, self.momentum, self.eps)
-        batches = buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
+        batches = _look_up(self, self._buffers, "num_batches_tracked")
         return batch_norm(input, mean, var, weight, bias, True, self.momentum, self.eps, num_batches_tracked=batches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""
         before = {name: self._buffers.get(name) for name in _STATISTICS}
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        _widen(self, before)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)
+        _widen(self, before)
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript cannot compile this layer; the same layer of ``torch.nn``, sharing parameters and buffers, it can."""
-        return _torch_twin(self)  # type: ignore[arg-type]
+        """Give TorchScript, which cannot compile this layer, the layer of ``torch.nn`` with the same tensors."""
+        return _torch_twin(self)
+
+
+def _look_up(layer: nn.Module, tensors: dict[str, Any], name: str) -> Tensor | None:
+    """``getattr`` for what commonly is in one of a module's dictionaries, at a third of the cost.
+
+    Pruning, parametrization and DataParallel's replicas keep some tensors elsewhere.
+    """
+    found: Tensor | None = tensors[name] if name in tensors else getattr(layer, name)  # eager default
+    return found
 
 
 def _widen(layer: nn.Module, values: dict[str, Tensor | None] | None = None) -> None:
@@ -72,7 +68,7 @@ def _widen(layer: nn.Module, values: dict[str, Tensor | None] | None = None) -> 
         if buffer is None or buffer.dtype not in (torch.float16, torch.bfloat16):
             continue
         if isinstance(buffer, UninitializedBuffer):
-            layer._buffers[name] = UninitializedBuffer(device=buffer.device, dtype=torch.float32)
+            layer._buffers[name] = UninitializedBuffer(device=buffer.device, dtype=torch.float32)  # type: ignore[call-arg]
             continue
         kept = None if values is None else values[name]
         source = buffer if kept is None or kept.is_meta else kept
@@ -156,23 +152,24 @@ class _LazyBatchNorm(_Ours):
         **bias: bool,
     ) -> None:
         _check_momentum(momentum)
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **bias)  # type: ignore[call-arg]
-        _widen(self)  # type: ignore[arg-type]
+        arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)  # num_features is yet unknown
+        super().__init__(*arguments, **bias)
+        _widen(self)
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):
     """``BatchNorm1d`` that learns ``num_features`` from its first input."""
 
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
     """``BatchNorm2d`` that learns ``num_features`` from its first input."""
 
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
     """``BatchNorm3d`` that learns ``num_features`` from its first input."""
 
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become = BatchNorm3d

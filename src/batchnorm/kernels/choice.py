@@ -2,7 +2,8 @@
 
 * ``"cpu"``: the Numba loops, for plain float32, float64 and bfloat16 tensors on the CPU.
 * ``"aten"``: torch's own operators; always there, for every device, dtype and tracer.
-* ``"reference"``: plain PyTorch, differentiable any number of times; for function transforms and forward-mode derivatives.
+* ``"reference"``: plain PyTorch, differentiable any number of times; for function transforms and forward-mode
+  derivatives.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Kernel = Literal["cpu", "aten", "reference"]
 
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}  # a subclass has semantics that raw memory lacks
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16}
-EVALUATE_FROM = 16 * 2**20  # bytes: below, ATen's evaluation is as fast as the memory allows (measured: kernels/README.md)
+EVALUATE_FROM = 16 * 2**20  # bytes; ATen's evaluation is as fast as memory allows below (measured: kernels/README.md)
 
 asked_for: ContextVar[Kernel | None] = ContextVar("batchnorm_kernel", default=None)
 
@@ -83,7 +84,7 @@ def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
 
 
 def unwatched() -> bool:
-    """Whether nothing but eager mode looks on: no kernel asked for, no transform, mode or tracer that wants operations."""
+    """Whether eager mode is alone: no kernel is asked for, no transform, mode or tracer wants operations."""
     return (
         asked_for.get() is None
         and not torch._C._are_functorch_transforms_active()

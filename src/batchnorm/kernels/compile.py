@@ -11,43 +11,45 @@ from typing import Any
 import numba
 import torch
 
-from batchnorm.kernels import loops
+from batchnorm.kernels.loops import channels, columns, planes
+from batchnorm.kernels.loops.slots import who
 from batchnorm.kernels.simd import pointer
 
+work: Any = None  # these four are set for each function that `compiled` makes
+stored = param = acc = work
 _STORED = {torch.float32: numba.float32, torch.float64: numba.float64, torch.bfloat16: numba.uint16}
 
 
-def _entry(slots):  # type: ignore[no-untyped-def]  # compiled by Numba; the names come from `compiled`
-    a = pointer(slots, int64)  # noqa: F821
-    thread, threads = who(a)  # noqa: F821
-    work(a, thread, threads, stored, param, acc)  # noqa: F821
+def _entry(slots: Any) -> None:
+    a = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
+    thread, threads = who(a)
+    work(a, thread, threads, stored, param, acc)
 
 
 def compiled(name: str, dtype: torch.dtype) -> Any:
     """A C function around one loop.
 
-    The function is a copy of `_entry` with its own globals. Numba finds cached code by qualified name and the age of this file
-    alone, so the name carries the loop, the dtype and a digest of the sources that are compiled in.
+    The function is a copy of `_entry` with its own globals. Numba finds cached code by qualified name and the age of
+    this file alone, so the name carries the loop, the dtype and a digest of the sources that are compiled in.
     """
     acc = numba.float64 if dtype == torch.float64 else numba.float32
-    names = {
-        "pointer": pointer, "who": loops.who, "work": getattr(loops, name), "int64": numba.int64,
-        "stored": _STORED[dtype], "param": acc, "acc": acc,
-    }  # fmt: skip
+    work = next(getattr(module, name) for module in (planes, columns, channels) if hasattr(module, name))
+    names = {"work": work, "stored": _STORED[dtype], "param": acc, "acc": acc}
     entry = python_types.FunctionType(_entry.__code__, {**globals(), **names}, name)
     entry.__qualname__ = f"{name}_{str(dtype).removeprefix('torch.')}_{_digest()}"
     entry.__module__ = __name__
-    options = {"error_model": "numpy"}
     signature = numba.void(numba.intp)
     try:
-        return numba.cfunc(signature, cache=True, **options)(entry)
+        return numba.cfunc(signature, cache=True, error_model="numpy")(entry)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
-        return numba.cfunc(signature, **options)(entry)  # neither the package's folder nor a user's cache can be written
+        # Neither the package's folder nor the user's cache can be written.
+        return numba.cfunc(signature, error_model="numpy")(entry)
 
 
 @cache
 def _digest() -> str:
-    sources = (Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "loops.py", "compile.py"))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    here = Path(__file__).parent
+    sources = [here / "simd.py", here / "compile.py", *sorted((here / "loops").glob("*.py"))]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]

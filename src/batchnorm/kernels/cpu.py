@@ -1,4 +1,4 @@
-"""Batch normalization on the CPU: picks the view of the tensor and the division of work, allocates, and launches the loops.
+"""Batch normalization on the CPU: sees a tensor as the loops do, divides the work, allocates and launches.
 
 The division depends on the tensor's shape alone, so that results are the same for any number of threads.
 """
@@ -24,10 +24,10 @@ _PER_THREAD = 32 * 1024  # bytes that are worth waking a thread for
 
 
 class Plan(NamedTuple):
-    """How a tensor is seen, batch × channels × space in the view `kind` ("planes", "small" or "rows"), and how the work is cut.
+    """How a tensor is seen (batch × channels × space, as "planes", "small" or "rows") and how the work is cut.
 
-    Fused work keeps a block of channels or columns in cache between its two passes. Other work is cut into `parts` of `block`
-    neighbours (planes) or rows, and one pass ends before the next begins.
+    Fused work keeps a block of channels or columns in cache between its two passes. Other work is cut into `parts` of
+    `block` neighbours (planes) or rows, and one pass ends before the next begins.
     """
 
     kind: str
@@ -41,7 +41,14 @@ class Plan(NamedTuple):
     streams: bool  # the output is large and regular enough to be written around the caches
     statistics: torch.dtype  # of weight, bias, running statistics and their gradients
     vector: torch.Size  # theirs
-    moments: Tensor  # a pattern: `empty_like` costs less than to say what is wanted
+    moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
+    gradient: Tensor
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Over batch, channels and space."""
+        sample = self.channels * self.space
+        return (sample, 1, self.channels) if self.kind == "rows" else (sample, self.space, 1)
 
     @property
     def slots(self) -> tuple[int, int, int, int, int, int]:
@@ -80,7 +87,7 @@ def laid_out(x: Tensor) -> tuple[Tensor, Plan]:
     return x, found
 
 
-# --- planning ----------------------------------------------------------------------------------------------------------------------
+# --- planning ---
 
 
 @lru_cache(maxsize=4096)
@@ -94,14 +101,16 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
     kind, batch, channels, space = seen
     size = batch * channels * space * dtype.itemsize
     fused, parts, block = _divide(kind, batch, channels, space, dtype.itemsize)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
     run = {"rows": channels, "planes": space, "small": channels * space if block % 8 == 0 else 1}[kind]
     return Plan(
         kind, batch, channels, space, fused, parts, block,
         worth_threads=1 + size // _PER_THREAD,
         streams=size >= _beyond_cache() and run % 8 == 0,
-        statistics=torch.float64 if dtype == torch.float64 else torch.float32,
+        statistics=statistics,
         vector=torch.Size([channels]),
         moments=torch.empty(2, channels, dtype=torch.float64),
+        gradient=torch.empty(channels, dtype=statistics),
     )  # fmt: skip
 
 
@@ -146,8 +155,8 @@ def _beyond_cache() -> int:
     return (last_level if last_level > 0 else 32 * 2**20) // 2
 
 
-# --- launching ---------------------------------------------------------------------------------------------------------------------
-# `slots` below are what loops.py names X, DY, OUT … FACTOR, in that order.
+# --- launching ---
+# `slots` below are what loops/slots.py names X, DY, OUT … FACTOR, in that order.
 
 
 def _address(t: Tensor | None) -> int:
@@ -186,8 +195,8 @@ def forward(
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
     out = y.data_ptr()
     slots = (
-        x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers, moments.data_ptr(), coefficients, partials, 0, 0,
-        *plan.slots, 0, 0, 0, _streams(plan, out), eps, factor,
+        x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers,
+        moments.data_ptr(), coefficients, partials, 0, 0, *plan.slots, 0, 0, 0, _streams(plan, out), eps, factor,
     )  # fmt: skip
     if plan.fused:
         alone = launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads())
@@ -202,15 +211,22 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, plan: Plan, weight: Tensor | None, moments: Tensor, eps: float, wanted: tuple[bool, bool, bool]
+    dy: Tensor,
+    x: Tensor,
+    plan: Plan,
+    weight: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    wanted: tuple[bool, bool, bool],
 ) -> Gradients:
     """Gradients through the batch's moments of x, weight and bias, each only if wanted."""
-    dy, strides = _readable(dy, x, plan)
+    same = dy.dtype == x.dtype and dy.is_contiguous() and x.is_contiguous()
+    dy, strides = (dy, plan.strides) if same else _readable(dy, x, plan)
     if plan.kind == "small" and strides[1:] != (plan.space, 1):  # a sample of dy is no row of columns
         plan = plan._replace(kind="planes", block=1)
     dx = torch.empty_like(x) if wanted[0] else None
-    grad_weight = torch.empty(plan.channels, dtype=plan.statistics) if wanted[1] else None
-    grad_bias = torch.empty(plan.channels, dtype=plan.statistics) if wanted[2] else None
+    grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
+    grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
     weight = _as_statistics(weight, plan.statistics)
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 4)
     out = _address(dx)
@@ -250,20 +266,19 @@ def evaluate(
     return y
 
 
-# --- gradients of every layout -----------------------------------------------------------------------------------------------------
+# --- gradients of every layout ---
 
 
 def _readable(dy: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, tuple[int, int, int]]:
-    """dy, or a copy laid out like x, and its strides over batch, channels and space; expanded gradients are read as they are."""
+    """dy, or a copy laid out like x, and its strides over batch, channels and space; expanded ones stay so."""
     if dy.dtype != x.dtype:
         dy = dy.to(x.dtype)
-    whole = plan.channels * plan.space
-    if dy.stride() == x.stride() or (dy.is_contiguous() and x.is_contiguous()):
-        return dy, (whole, 1, plan.channels) if plan.kind == "rows" else (whole, plan.space, 1)
+    if dy.stride() == x.stride():
+        return dy, plan.strides
     step = _step(dy) if plan.channels > 1 else None
     if step is not None and (dy.stride(1) == 1 if plan.kind == "rows" else step in (0, 1)):
         return dy, (dy.stride(0), dy.stride(1), step)
-    return _readable(torch.empty_like(x).copy_(dy), x, plan)
+    return torch.empty_like(x).copy_(dy), plan.strides
 
 
 def _step(dy: Tensor) -> int | None:

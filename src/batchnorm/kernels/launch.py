@@ -1,14 +1,15 @@
 """Run a compiled loop on torch's own threads.
 
-Numba's threading layers are not used: a second pool would fight torch's (convolutions slow down), Numba's own OpenMP layer ends a
-forked child, and its workqueue layer aborts when two Python threads call at once. Instead each kernel is a plain C function of one
-argument, and libgomp's `GOMP_parallel`, found through the library that torch is linked to, calls it on the team that torch uses.
-So `torch.set_num_threads` is obeyed, each Python thread has the team that torch would give it, and nothing global is configured.
+Numba's threading layers are not used: a second pool would fight torch's (convolutions slow down), Numba's own OpenMP
+layer ends a forked child, and its workqueue layer aborts when two Python threads call at once. Instead each kernel is
+a plain C function of one argument, and libgomp's `GOMP_parallel`, found through the library that torch is linked to,
+calls it on the team that torch uses. So `torch.set_num_threads` is obeyed, each Python thread has the team that torch
+would give it, and nothing global is configured.
 
-* No OpenMP to be found (macOS without libomp's GNU entry points, Windows): a pool of Python threads does the same; the kernels
-  hold no GIL.
-* A child forked from a process whose OpenMP team exists has lost that team's threads; waiting for them would hang. Children run
-  on one thread.
+* No OpenMP to be found (macOS without libomp's GNU entry points, Windows): a pool of Python threads does the same;
+  the kernels hold no GIL.
+* A child forked from a process whose OpenMP team exists has lost that team's threads; waiting for them would hang.
+  Children run on one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-_SLOTS = struct.Struct("=23q2d")  # addresses and sizes, then eps and factor: X to FACTOR in loops.py
+_SLOTS = struct.Struct("=23q2d")  # addresses and sizes, then eps and factor: X to FACTOR in loops/slots.py
 _TEAM = struct.Struct("=4q")  # this thread, all threads, and where to ask instead: THREAD to NUMBER_OF_THREADS
 
 _forked = False
@@ -43,17 +44,17 @@ class _OpenMP:
     """The OpenMP runtime that torch is linked to."""
 
     def __init__(self) -> None:
-        library = ctypes.CDLL(torch._C.__file__)  # already loaded; symbols are looked up in its dependencies, libgomp among them
+        library = ctypes.CDLL(torch._C.__file__)  # already loaded; symbols are looked up in what it depends on, too
         self.parallel = library.GOMP_parallel
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
-        self.address = int(ctypes.cast(self.parallel, ctypes.c_void_p).value or 0)
-        addresses = (ctypes.cast(library[name], ctypes.c_void_p).value for name in ("omp_get_thread_num", "omp_get_num_threads"))
-        self.team = _TEAM.pack(-1, 0, *addresses)
+        ask = (library.omp_get_thread_num, library.omp_get_num_threads)
+        self.team = _TEAM.pack(-1, 0, *(ctypes.cast(function, ctypes.c_void_p).value for function in ask))
 
 
 @cache
 def openmp() -> _OpenMP | None:
+    """The OpenMP runtime to share with torch; None where there is none."""
     try:
         return _OpenMP()
     except (AttributeError, OSError):
@@ -69,7 +70,7 @@ def _python_threads() -> ThreadPoolExecutor:
 
 
 def run(name: str, dtype: torch.dtype, slots: tuple[Any, ...], threads: int) -> bool:
-    """Call the loop of that name with its slots on up to `threads` threads, this one included, and wait for all of them.
+    """Call the loop of that name with its slots on up to `threads` threads and wait for all of them.
 
     Returns whether it ran on this thread alone.
     """
@@ -82,8 +83,9 @@ def run(name: str, dtype: torch.dtype, slots: tuple[Any, ...], threads: int) -> 
     if omp is not None:
         omp.parallel(kernel.address, arguments + omp.team, threads, 0)
         return False
-    others = [_python_threads().submit(kernel.call, arguments + _TEAM.pack(i, threads, 0, 0)) for i in range(1, threads)]
-    kernel.call(arguments + _TEAM.pack(0, threads, 0, 0))
+    shares = [arguments + _TEAM.pack(i, threads, 0, 0) for i in range(threads)]
+    others = [_python_threads().submit(kernel.call, share) for share in shares[1:]]
+    kernel.call(shares[0])
     for other in others:
         other.result()
     return False

@@ -1,7 +1,8 @@
-"""Batch normalization with the batch's own moments as differentiable operations, one for eager mode and one for the compiler.
+"""Batch normalization with the batch's own moments, differentiable: for eager mode and for the compiler.
 
 Eager mode calls the loops directly inside an ``autograd.Function``. The compiler sees ``torch.ops.batchnorm.train`` and
-``train_backward``, opaque operators over the same loops: what inductor makes of batch normalization itself is slower on CPUs.
+``train_backward``, opaque operators over the same loops: what inductor makes of batch normalization itself is slower
+on CPUs.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from torch import Tensor
 
 from batchnorm.kernels import cpu, reference
 from batchnorm.kernels.choice import record
+from batchnorm.moments import Moments
 
 
 def train_cpu(
     x: Tensor, plan: cpu.Plan, weight: Tensor | None, bias: Tensor | None, running: cpu.Running | None, eps: float
 ) -> Tensor:
-    """Normalize with the batch's moments on the CPU loops, moving the running statistics; differentiable in eager mode."""
+    """Normalize with the batch's moments, moving the running statistics; differentiable in eager mode."""
     record.forward = "cpu"
     if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         y: Tensor = _train_apply(x, plan, weight, bias, running, eps)
         return y
@@ -49,7 +49,7 @@ class _Train(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, moments = ctx.saved_tensors
         plan, eps, bias_dtype = ctx.rest
         need_x, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
@@ -68,7 +68,8 @@ def _as(t: Tensor | None, like: Tensor | torch.dtype | None) -> Tensor | None:
     """A gradient in its parameter's dtype."""
     if t is None or like is None:
         return None
-    return t.to(like.dtype if isinstance(like, Tensor) else like)
+    dtype = like.dtype if isinstance(like, Tensor) else like
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 # Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
@@ -84,13 +85,15 @@ def differentiable_backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backward as operations that autograd records, in terms of x itself."""
-    moments = reference.Moments.of(x, (0, *range(2, x.dim())))
+    moments = Moments.of(x, (0, *range(2, x.dim())))
     found = reference.train_backward(dy, x, weight, moments.mean, moments.biased_variance, eps)
-    grads = [_as(g, like) if want else None for g, like, want in zip(found, (x, weight, bias_dtype), wanted, strict=True)]
+    grads = [
+        _as(g, like) if want else None for g, like, want in zip(found, (x, weight, bias_dtype), wanted, strict=True)
+    ]
     return grads[0], grads[1], grads[2]
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------------
+# --- evaluation ---
 
 
 def evaluate_cpu(
@@ -112,12 +115,13 @@ class _Evaluate(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
     ) -> Tensor:
         x, plan = cpu.laid_out(x)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, torch.stack((mean.double(), var.double())))
+        moments = torch.stack((mean.double(), var.double()))
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, moments)
         ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         return cpu.evaluate(x, plan, mean, var, weight, bias, eps)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, (mean, var) = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         record.backward = "reference"  # affine in x: plain operations, which autograd can differentiate again
@@ -135,7 +139,7 @@ class _Evaluate(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-# --- for torch.compile -------------------------------------------------------------------------------------------------------------
+# --- for torch.compile ---
 
 torch.library.define(
     "batchnorm::train", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor moments)"

@@ -1,11 +1,12 @@
 """Vectors for Numba: eight lanes at a time, with operators, loads and stores that the compiler cannot miss.
 
-Numba hands plain loops to LLVM's auto-vectorizer, which gives up on the loops that batch normalization needs most (several rows at a
-time, mixed precision, short tails). A `Vector` is LLVM's own vector type instead: `a * b + c` on vectors is what it says on any
-processor, two AVX registers or four NEON ones. The same kernel source also runs on scalars, which is how tails are done.
+Numba hands plain loops to LLVM's auto-vectorizer, which gives up on the loops that batch normalization needs most
+(several rows at a time, mixed precision, short tails). A `Vector` is LLVM's own vector type instead: `a * b + c` on
+vectors is what it says on any processor, two AVX registers or four NEON ones. The same kernel source also runs on
+scalars, which is how tails are done.
 
-`lanes` is 8 for vectors and 1 for scalars throughout; `load(pointer, index, lanes)` gives a vector or a scalar accordingly.
-A `uint16` pointer holds bfloat16: it is loaded as float32 and stored rounded to nearest even.
+`lanes` is 8 for vectors and 1 for scalars throughout; `load(pointer, index, lanes)` gives a vector or a scalar
+accordingly. A `uint16` pointer holds bfloat16: it is loaded as float32 and stored rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _shuffled(builder: Any, vector: Any, lanes: range) -> Any:
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------------------
+# --- arithmetic ---
 
 
 def _define_operator(symbol: Any, instruction: str) -> None:
@@ -160,7 +161,7 @@ def total(typingctx: Any, value: Any) -> Any:
     return scalar(value), codegen
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 @intrinsic
@@ -228,7 +229,7 @@ def store(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def stream(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
-    """`store` around the caches, for output that will not fit into them. The address must be a multiple of the vector's size.
+    """`store` around the caches, for output that will not fit; the address must be a multiple of the vector's size.
 
     It saves reading the line that is about to be overwritten. End with `fence()` before another thread may read.
     """
@@ -289,7 +290,8 @@ def _to_bfloat16(builder: Any, value: Any, count: int) -> Any:
     kept = builder.lshr(bits, _constant(wide, 16))
     odd = builder.and_(kept, _constant(wide, 1))
     rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(wide, 0x7FFF))), _constant(wide, 16))
-    # Rounding would carry a NaN's payload into infinity or zero; the test is on bits, so that no arithmetic flag can drop it.
+    # Rounding would carry a NaN's payload into infinity or zero; the test is on bits, so that no arithmetic flag can
+    # drop it.
     is_nan = builder.icmp_unsigned(">", builder.and_(bits, _constant(wide, 0x7FFFFFFF)), _constant(wide, 0x7F800000))
     return builder.trunc(builder.select(is_nan, _constant(wide, 0x7FC0), rounded), narrow)
 
@@ -313,12 +315,12 @@ def _literal(lanes: Any) -> int:
     return int(lanes.literal_value)
 
 
-# --- the outside world -----------------------------------------------------------------------------------------------------------
+# --- the outside world ---
 
 
 @intrinsic
 def call_int(typingctx: Any, address: Any) -> Any:
-    """Call the C function `int f(void)` at an address. An address that arrives with the arguments leaves the code cacheable."""
+    """Call `int f(void)` at an address; one that arrives with the arguments leaves the code cacheable."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer())

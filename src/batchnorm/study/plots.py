@@ -130,7 +130,7 @@ def _curve(
     """Draw the median over seeds of curves over steps, and their range; return its last finite value."""
     steps = max((run.steps for run in runs), key=len)
     padded = np.ma.masked_invalid([_padded(curve, len(steps)) for curve in curves])
-    middle = np.ma.median(padded, axis=0)  # type: ignore[no-untyped-call]
+    middle = np.ma.median(padded, axis=0)
     axes.plot(steps, middle, line, color=colour)
     axes.fill_between(steps, padded.min(axis=0), padded.max(axis=0), color=colour, alpha=0.18, linewidth=0)
     finite = middle.compressed()

@@ -1,0 +1,155 @@
+"""What happens once a channel: from sums to moments, coefficients, gradients of the parameters, running statistics."""
+
+from __future__ import annotations
+
+import math
+
+from batchnorm.kernels.loops.slots import (
+    BATCH,
+    BIAS,
+    CHANNELS,
+    COEFFICIENTS,
+    COUNTER,
+    EPS,
+    FACTOR,
+    GRAD_BIAS,
+    GRAD_WEIGHT,
+    MOMENTS,
+    PARTIALS,
+    PARTS,
+    RUNNING_MEAN,
+    RUNNING_VAR,
+    SPACE,
+    WEIGHT,
+    X_CHANNEL,
+    X,
+    body,
+    f64,
+    i64,
+    loop,
+    real,
+)
+from batchnorm.kernels.simd import load, offset, pointer, store
+
+
+@loop
+def optional(address, index, dtype, default):
+    return f64(pointer(address, dtype)[index]) if address != 0 else default
+
+
+@loop
+def write_moments(a, c, shift, s, q, count):
+    """Mean and biased variance of channel c, from the sums of d and d² around the shift."""
+    moments = pointer(a[MOMENTS], f64)
+    m = s / count
+    var = q / count - m * m
+    moments[c] = shift + m
+    moments[a[CHANNELS] + c] = 0.0 if var < 0.0 else var
+
+
+@loop
+def forward_coefficients(a, c, param, acc):
+    """(mean, scale, shift) so that y = (x − mean)·scale + shift, in the precision of the arithmetic.
+
+    The mean is rounded and what the rounding lost goes into the shift: x − mean is then exact where it matters, for x
+    near the mean.
+    """
+    moments = pointer(a[MOMENTS], f64)
+    mean, var = moments[c], moments[a[CHANNELS] + c]
+    scale = optional(a[WEIGHT], c, param, 1.0) / math.sqrt(var + real(a, EPS))
+    rounded = acc(mean)
+    return rounded, acc(scale), acc(optional(a[BIAS], c, param, 0.0) - (mean - f64(rounded)) * scale)
+
+
+@loop
+def backward_coefficients(a, c, param, acc, s, t, count):
+    """(mean, A, B, C) so that dx = A·dy + B·(x − mean) + C, and the gradients of weight and bias.
+
+    s = Σdy and t = Σdy·(x − mean); Ioffe & Szegedy 2015, section 3, with x̂ written out.
+    """
+    moments = pointer(a[MOMENTS], f64)
+    mean, var = moments[c], moments[a[CHANNELS] + c]
+    inverse = 1.0 / math.sqrt(var + real(a, EPS))
+    if a[GRAD_WEIGHT] != 0:
+        pointer(a[GRAD_WEIGHT], param)[c] = param(t * inverse)
+    if a[GRAD_BIAS] != 0:
+        pointer(a[GRAD_BIAS], param)[c] = param(s)
+    scale = optional(a[WEIGHT], c, param, 1.0) * inverse
+    slope = -scale * inverse * inverse * t / count
+    rounded = acc(mean)
+    return rounded, acc(scale), acc(slope), acc(-scale * s / count - slope * (mean - f64(rounded)))
+
+
+@body
+def update_running(a, thread, threads, stored, param, acc):
+    """Move the running statistics towards the batch's moments and count the batch.
+
+    Not at all if any of them would be stored as something not finite: one bad batch must not poison inference for good.
+    """
+    if a[RUNNING_MEAN] == 0 and a[COUNTER] == 0:
+        return
+    moments, channels = pointer(a[MOMENTS], f64), a[CHANNELS]
+    count = f64(a[BATCH] * a[SPACE])
+    unbiased = count / (count - 1.0)
+    for c in range(channels):
+        if not (math.isfinite(param(moments[c])) and math.isfinite(param(moments[channels + c] * unbiased))):
+            return
+    factor = real(a, FACTOR)
+    if a[COUNTER] != 0:
+        counter = pointer(a[COUNTER], i64)
+        counter[0] += 1
+        if factor < 0.0:  # momentum=None: the plain average over batches
+            factor = 1.0 / f64(counter[0])
+    if a[RUNNING_MEAN] == 0:
+        return
+    mean, var = pointer(a[RUNNING_MEAN], param), pointer(a[RUNNING_VAR], param)
+    for c in range(channels):
+        mean[c] = param((1.0 - factor) * f64(mean[c]) + factor * moments[c])
+        var[c] = param((1.0 - factor) * f64(var[c]) + factor * moments[channels + c] * unbiased)
+
+
+# --- between two separate passes: one thread
+
+
+@loop
+def parts_added(a):
+    """The two sums of every channel, over all parts: added up, in order, into the first part's memory."""
+    sums, size = pointer(a[PARTIALS], f64), 2 * a[CHANNELS]
+    for p in range(1, a[PARTS]):
+        part, i = offset(sums, p * size), 0
+        while i + 8 <= size:
+            store(sums, i, load(sums, i, 8) + load(part, i, 8))
+            i += 8
+        while i < size:
+            sums[i] += part[i]
+            i += 1
+    return sums
+
+
+@body
+def combine(a, thread, threads, stored, param, acc):
+    """Add the parts' sums up into moments and forward coefficients."""
+    x, k, sums = pointer(a[X], stored), pointer(a[COEFFICIENTS], acc), parts_added(a)
+    channels, count = a[CHANNELS], f64(a[BATCH] * a[SPACE])
+    for c in range(channels):
+        write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c], count)
+        k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)
+    update_running(a, thread, threads, stored, param, acc)
+
+
+@body
+def backward_combine(a, thread, threads, stored, param, acc):
+    """Add the parts' sums up into the gradients of weight and bias and the backward coefficients."""
+    k, sums = pointer(a[COEFFICIENTS], acc), parts_added(a)
+    channels, count = a[CHANNELS], f64(a[BATCH] * a[SPACE])
+    for c in range(channels):
+        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c], count)
+        k[c], k[channels + c], k[2 * channels + c], k[3 * channels + c] = mean, ca, cb, cc
+
+
+@body
+def prepare(a, thread, threads, stored, param, acc):
+    """Forward coefficients from given moments (evaluation)."""
+    k, channels = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
+    for c in range(channels):
+        k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)

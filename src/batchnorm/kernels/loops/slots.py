@@ -1,0 +1,50 @@
+"""The one argument of every loop: a block of 8-byte slots; and who does which share of the work."""
+
+from __future__ import annotations
+
+import numba
+from numba import types
+
+from batchnorm.kernels.simd import call_int, reinterpret
+
+f32, f64 = types.float32, types.float64
+i64 = types.int64
+
+# The one argument of every entry: a block of 8-byte slots, in this order (`cpu.py` packs it).
+(
+    X, DY, OUT, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, COUNTER, MOMENTS, COEFFICIENTS, PARTIALS,
+    GRAD_WEIGHT, GRAD_BIAS,
+    BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM, EPS, FACTOR,
+    THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS,
+) = range(29)  # fmt: skip
+
+COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
+FOUR_COLUMNS = 4 * COLUMNS
+GROUP = 16  # the most channels whose short runs are read together
+THREE_GROUPS, FOUR_GROUPS = 3 * GROUP, 4 * GROUP
+STRETCH = 32768  # values that are read forwards in a pass that goes backwards
+VALUES = 2048  # that many values of a channel share a shift and sum up in float32
+
+loop = numba.njit(error_model="numpy", forceinline=True)  # no fast-math: NaN must stay NaN, and sums keep their order
+body = numba.njit(error_model="numpy")
+lanewise = numba.njit(error_model="numpy", inline="always")  # inlined before typing, so that `lanes` is known there
+
+
+@loop
+def share(count, thread, threads):
+    """The contiguous part of range(count) that belongs to this thread."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@loop
+def who(a):
+    """(number of this thread, number of threads); where OpenMP made the team, OpenMP is asked."""
+    if a[THREAD] >= 0:
+        return a[THREAD], a[THREADS]
+    return call_int(a[THREAD_NUMBER]), call_int(a[NUMBER_OF_THREADS])
+
+
+@loop
+def real(a, slot):
+    """A slot that holds a float64."""
+    return reinterpret(a, f64)[slot]
