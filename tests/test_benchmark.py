@@ -210,6 +210,22 @@ def test_inputs_have_the_layout_and_dtype_of_their_cell_and_are_the_same_each_ti
     assert first.x.is_contiguous(memory_format=wanted or torch.contiguous_format)
 
 
+def test_a_rival_that_cannot_be_built_is_left_out_and_named(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    calls, left_out = peers.rivals(TINY, peers.inputs(TINY), "forward")
+    assert left_out[peers.COMPILED] == "RuntimeError: no compiler"
+    assert peers.COMPILED not in calls
+    found = made(Timing(PLAIN, 2, "warm", "forward", {peers.OURS: 1.0, peers.TORCH: 2.0}, {}, 9, left_out))
+    assert ("32×64×56×56 float32 contiguous, forward, torch.compile", "RuntimeError: no compiler") in summary.failures(
+        found
+    )
+    assert bar("float32 contiguous, forward", *found.timings)[1] is False  # 2 is not 5
+    report.show(found, Console(file=io.StringIO()))
+
+
 def test_markup_in_an_error_is_shown_as_it_is():
     failed = Check(TINY, problems=("size [8, 16] does not [/fit]",))
     found = made(timed(PLAIN, 1.0, 0.5), checks=(failed,))

@@ -22,7 +22,7 @@ from batchnorm.kernels import reference
 from batchnorm.kernels.choice import record
 
 ALLOWED = 1.1
-_CHUNK = 2**19  # values that the oracle takes at a time: float64 temporaries that stay in cache
+_CHUNK = 2**20  # values that the oracle takes at a time: its temporaries are small enough for memory that is kept
 _HARD = 1e4  # a mean so many deviations from zero costs the naive formula all digits
 _HARD_UP_TO = 16 * 2**20  # bytes
 _MOMENTUM, _EPS = 0.1, 1e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,30 +82,32 @@ def module(source: Any, cell: Cell, given: Inputs) -> nn.Module:
     return nn.Sequential(convolutions[0], layer(source, given), convolutions[1])
 
 
-def contenders(cell: Cell, given: Inputs, operation: Operation, rivals: bool) -> dict[str, Call]:
-    """Give every contender's call for an operation, ours first.
-
-    Args:
-        cell: what is measured.
-        given: `inputs(cell)`.
-        operation: "evaluation" is to be called under ``torch.no_grad``.
-        rivals: whether to build those whose building takes long, as far as they can be had.
-    """
-    calls = {
-        name: _call(module(source, cell, given), given, operation) for name, source in ((OURS, layers), (TORCH, nn))
-    }
+def contenders(cell: Cell, given: Inputs, operation: Operation) -> dict[str, Call]:
+    """Give the calls of those that are always there, ours first; call "evaluation" under ``torch.no_grad``."""
+    sources = {OURS: layers, TORCH: nn}
+    calls = {name: _call(module(source, cell, given), given, operation) for name, source in sources.items()}
     if cell.kind == "layer":
         target, source = torch.empty_like(given.x), given.x.detach()
         calls[COPY] = lambda: target.copy_(source)
-    if rivals:
-        torch.compiler.reset()  # it compiles anew for a limited number of shapes, then never again
-        untyped: Any = torch.compile(module(nn, cell, given), dynamic=False)
-        compiled = _call(untyped, given, operation)
-        if _works(compiled, "torch.compile"):
-            calls[COMPILED] = compiled
-        if cell.layout == "contiguous" and importlib.util.find_spec("jax") is not None:
-            calls[JAX] = _jax(given, operation)
     return calls
+
+
+def rivals(cell: Cell, given: Inputs, operation: Operation) -> tuple[dict[str, Call], dict[str, str]]:
+    """Build the calls of those that compile; returns them, and for each that cannot be had here, why."""
+    builders = {COMPILED: _compiled}
+    if cell.layout == "contiguous" and importlib.util.find_spec("jax") is not None:
+        builders[JAX] = _jax
+    calls: dict[str, Call] = {}
+    left_out: dict[str, str] = {}
+    for name, build in builders.items():
+        try:
+            call = build(cell, given, operation)
+            call()
+        except Exception as error:  # a compiler is missing, or versions do not fit
+            left_out[name] = f"{type(error).__name__}: {error}"
+        else:
+            calls[name] = call
+    return calls, left_out
 
 
 def _call(built: nn.Module, given: Inputs, operation: Operation) -> Call:
@@ -124,17 +125,13 @@ def _call(built: nn.Module, given: Inputs, operation: Operation) -> Call:
     return step
 
 
-def _works(call: Call, name: str) -> bool:
-    """Whether a rival runs here at all: a compiler may be missing."""
-    try:
-        call()
-    except Exception as error:
-        print(f"{name} is left out: {error}", file=sys.stderr)
-        return False
-    return True
+def _compiled(cell: Cell, given: Inputs, operation: Operation) -> Call:
+    torch.compiler.reset()  # it compiles anew for a limited number of shapes, then never again
+    compiled: Any = torch.compile(module(nn, cell, given), dynamic=False)
+    return _call(compiled, given, operation)
 
 
-def _jax(given: Inputs, operation: Operation) -> Call:
+def _jax(cell: Cell, given: Inputs, operation: Operation) -> Call:
     """The same under ``jax.jit``. JAX has its own threads, as many as there are cores."""
     import jax
     import jax.numpy as jnp

@@ -68,7 +68,8 @@ def _worker(request: dict[str, Any], environment: dict[str, str | None]) -> Iter
     """A worker's answers; it is ended with the block, and its last words are shown if it failed."""
     package = str(Path(batchnorm.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    # Inductor's own pool of compiling processes would stay and disturb.
+    variables = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as said:
         json.dump(request, asked)
         asked.seek(0)

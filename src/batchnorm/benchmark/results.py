@@ -45,7 +45,7 @@ class Check:
 class Timing:
     """What an operation of a cell took: median seconds and relative spread for each contender.
 
-    `problem` says why there are no seconds.
+    `left_out` says why a rival has none, and `problem` why nobody has.
     """
 
     cell: Cell
@@ -55,6 +55,7 @@ class Timing:
     seconds: dict[str, float] = field(default_factory=dict, hash=False)
     spread: dict[str, float] = field(default_factory=dict, hash=False)
     rounds: int = 0
+    left_out: dict[str, str] = field(default_factory=dict, hash=False)
     problem: str | None = None
 
     def ratio(self, rival: str) -> float | None:

@@ -49,4 +49,7 @@ def failures(report: Report) -> list[tuple[str, str]]:
     """Give what has no figures, and why."""
     refused = [(check.cell.name, "; ".join(check.problems)) for check in report.checks if check.problems]
     broken = [(f"{t.cell.name}, {t.operation}, {t.regime}", t.problem) for t in report.timings if t.problem]
-    return refused + broken
+    missing = [
+        (f"{t.cell.name}, {t.operation}, {rival}", why) for t in report.timings for rival, why in t.left_out.items()
+    ]
+    return refused + broken + missing

@@ -18,6 +18,7 @@ from batchnorm import kernels, layers
 from batchnorm.benchmark import peers, results
 from batchnorm.benchmark.grid import Cell, Operation
 from batchnorm.benchmark.results import Timing
+from batchnorm.benchmark.summary import NOISE
 from batchnorm.benchmark.timing import interleaved
 
 _LONGER = 4
@@ -48,24 +49,28 @@ def time_cell(job: dict[str, Any], seconds: float) -> Iterator[Timing]:
         except Exception as error:
             yield Timing(*head, problem=f"{type(error).__name__}: {error}")
         else:
-            yield Timing(*head, *found)
+            yield Timing(*head, **found)
 
 
-def _time(
-    cell: Cell, given: peers.Inputs, operation: Operation, job: dict[str, Any], seconds: float
-) -> tuple[dict[str, float], dict[str, float], int]:
+def _time(cell: Cell, given: peers.Inputs, operation: Operation, job: dict[str, Any], seconds: float) -> dict[str, Any]:
     evaluating = operation == "evaluation"
     with torch.no_grad() if evaluating else contextlib.nullcontext():
-        calls = peers.contenders(cell, given, operation, job["rivals"])
+        calls = peers.contenders(cell, given, operation)
         calls[peers.OURS]()
         checked = job["kernels"][evaluating]
         if kernels.ran().forward != checked:
             raise RuntimeError(f"kernel {checked!r} was checked, and {kernels.ran().forward!r} would be timed")
+        more, left_out = peers.rivals(cell, given, operation) if job["rivals"] else ({}, {})
+        calls |= more
         found, rounds = interleaved(calls, seconds)
-        if found[peers.OURS].seconds > found[peers.TORCH].seconds:  # a longer look before ours is called slower
+        if found[peers.TORCH].seconds < NOISE * found[peers.OURS].seconds:  # a longer look before ours is called slower
             found, rounds = interleaved(calls, _LONGER * seconds)
-    median = {name: one.seconds for name, one in found.items()}
-    return median, {name: one.spread for name, one in found.items()}, rounds
+    return {
+        "seconds": {name: one.seconds for name, one in found.items()},
+        "spread": {name: one.spread for name, one in found.items()},
+        "rounds": rounds,
+        "left_out": left_out,
+    }
 
 
 def first_call() -> dict[str, float]:
