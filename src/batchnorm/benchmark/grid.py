@@ -118,7 +118,7 @@ def full() -> Plan:
     ]
     if threads() > 1:
         jobs += [Job(cell, 1, "warm") for cell in cells(_FEW)]
-    return Plan(tuple(jobs), seconds=0.3, quick=False, first_call=True)
+    return Plan(tuple(jobs), seconds=0.25, quick=False, first_call=True)
 
 
 def quick() -> Plan:
