@@ -102,11 +102,11 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
     size = batch * channels * space * dtype.itemsize
     fused, parts, block = _divide(kind, batch, channels, space, dtype.itemsize)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    run = {"rows": channels, "planes": space, "small": channels * space if block % 8 == 0 else 1}[kind]
+    run = {"rows": channels, "planes": space, "small": channels * space if block % 16 == 0 else 1}[kind]
     return Plan(
         kind, batch, channels, space, fused, parts, block,
         worth_threads=1 + size // _PER_THREAD,
-        streams=size >= _beyond_cache() and run % 8 == 0,
+        streams=size >= _beyond_cache() and run % 16 == 0,
         statistics=statistics,
         vector=torch.Size([channels]),
         moments=torch.empty(2, channels, dtype=torch.float64),
@@ -250,7 +250,7 @@ def evaluate(
 ) -> Tensor:
     """Normalize with given moments."""
     if plan.kind != "rows":  # runs in memory order, whatever the channels
-        streams = plan.streams and plan.space % 8 == 0
+        streams = plan.streams and plan.space % 16 == 0
         plan = plan._replace(kind="planes", parts=-(-plan.space // _LONG), block=_LONG, streams=streams)
     y = torch.empty_like(x)
     memory = torch.empty(5, plan.channels, dtype=torch.float64)  # two moments, three coefficients

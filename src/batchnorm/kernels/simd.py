@@ -206,7 +206,7 @@ def load(typingctx: Any, base: Any, index: Any, lanes: Any) -> Any:
         value = builder.load(place, align=_bytes(stored))
         if stored != types.uint16:
             return value
-        wide = ir.IntType(32) if count == 1 else ir.VectorType(ir.IntType(32), count)
+        wide = _integers(32, count)
         return builder.bitcast(builder.shl(builder.zext(value, wide), _constant(wide, 16)), _llvm(result))
 
     return result(base, types.intp, lanes), codegen
@@ -241,10 +241,73 @@ def stream(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
         raw = ir.IntType(16) if stored == types.uint16 else _llvm_float(stored)
         result = _to_bfloat16(builder, args[2], LANES) if stored == types.uint16 else args[2]
         written = builder.store(result, _place(builder, args[0], args[1], raw, LANES), align=LANES * _bytes(stored))
-        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        _around_caches(builder, written)
         return context.get_dummy_value()
 
     return types.void(base, types.intp, value), codegen
+
+
+def _around_caches(builder: Any, written: Any) -> None:
+    written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+
+
+# Two vectors at a time. Which lane holds which of the 16 neighbours is left open: for bfloat16 one vector has those at
+# even places and the other those at odd ones, since two halves of a 32-bit word come apart, and together again, without
+# any moving of lanes. What is done to all lanes alike does not notice.
+
+
+@intrinsic
+def load_pair(typingctx: Any, base: Any, index: Any) -> Any:
+    """16 neighbours from `base[index]` on, in two vectors, in the order that `store_pair` expects."""
+    stored = base.dtype
+    result = VECTORS[types.float32 if stored == types.uint16 else stored]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if stored == types.uint16:
+            words = builder.load(_place(builder, args[0], args[1], ir.IntType(16), 2 * LANES), align=2)
+            wide = _integers(32, LANES)
+            words = builder.bitcast(words, wide)
+            halves = builder.shl(words, _constant(wide, 16)), builder.and_(words, _constant(wide, 0xFFFF0000))
+            pair = [builder.bitcast(half, _llvm(result)) for half in halves]
+        else:
+            places = (args[1], builder.add(args[1], ir.Constant(ir.IntType(64), LANES)))
+            raw = _llvm_float(stored)
+            pair = [builder.load(_place(builder, args[0], at, raw, LANES), align=_bytes(stored)) for at in places]
+        return context.make_tuple(builder, signature.return_type, pair)
+
+    return types.UniTuple(result, 2)(base, types.intp), codegen
+
+
+def _define_pair_store(around_caches: bool) -> Any:
+    @intrinsic
+    def pair_store(typingctx: Any, base: Any, index: Any, first: Any, second: Any) -> Any:
+        stored = base.dtype
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            raw = ir.IntType(16) if stored == types.uint16 else _llvm_float(stored)
+            if stored == types.uint16:
+                low, high = (_rounded(builder, value, LANES) for value in args[2:])
+                wide = _integers(32, LANES)
+                low = builder.lshr(low, _constant(wide, 16))
+                words = builder.or_(low, builder.and_(high, _constant(wide, 0xFFFF0000)))
+                values = [(args[1], builder.bitcast(words, _integers(16, 2 * LANES)), 2 * LANES)]
+            else:
+                after = builder.add(args[1], ir.Constant(ir.IntType(64), LANES))
+                values = [(args[1], args[2], LANES), (after, args[3], LANES)]
+            for at, value, count in values:
+                align = _bytes(stored) * (count if around_caches else 1)
+                written = builder.store(value, _place(builder, args[0], at, raw, count), align=align)
+                if around_caches:
+                    _around_caches(builder, written)
+            return context.get_dummy_value()
+
+        return types.void(base, types.intp, first, second), codegen
+
+    return pair_store
+
+
+store_pair = _define_pair_store(around_caches=False)
+stream_pair = _define_pair_store(around_caches=True)
 
 
 @intrinsic
@@ -284,16 +347,23 @@ def alloca(typingctx: Any, count: Any, dtype: Any) -> Any:
     return types.CPointer(dtype.dtype)(count, dtype), codegen
 
 
-def _to_bfloat16(builder: Any, value: Any, count: int) -> Any:
-    wide, narrow = (ir.IntType(bits) if count == 1 else ir.VectorType(ir.IntType(bits), count) for bits in (32, 16))
+def _rounded(builder: Any, value: Any, count: int) -> Any:
+    """The bits of float32 values, rounded to nearest even in their upper half, the bfloat16; NaN stays NaN."""
+    wide = _integers(32, count)
     bits = builder.bitcast(value, wide)
-    kept = builder.lshr(bits, _constant(wide, 16))
-    odd = builder.and_(kept, _constant(wide, 1))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(wide, 0x7FFF))), _constant(wide, 16))
-    # Rounding would carry a NaN's payload into infinity or zero; the test is on bits, so that no arithmetic flag can
-    # drop it.
-    is_nan = builder.icmp_unsigned(">", builder.and_(bits, _constant(wide, 0x7FFFFFFF)), _constant(wide, 0x7F800000))
-    return builder.trunc(builder.select(is_nan, _constant(wide, 0x7FC0), rounded), narrow)
+    odd = builder.and_(builder.lshr(bits, _constant(wide, 16)), _constant(wide, 1))
+    rounded = builder.add(bits, builder.add(odd, _constant(wide, 0x7FFF)))
+    # Rounding would carry a NaN's payload into infinity or zero.
+    return builder.select(builder.fcmp_unordered("uno", value, value), _constant(wide, 0x7FC00000), rounded)
+
+
+def _to_bfloat16(builder: Any, value: Any, count: int) -> Any:
+    upper = builder.lshr(_rounded(builder, value, count), _constant(_integers(32, count), 16))
+    return builder.trunc(upper, _integers(16, count))
+
+
+def _integers(bits: int, count: int) -> ir.Type:
+    return ir.IntType(bits) if count == 1 else ir.VectorType(ir.IntType(bits), count)
 
 
 def _place(builder: Any, base: Any, index: Any, raw: ir.Type, count: int) -> Any:

@@ -29,7 +29,21 @@ from batchnorm.kernels.loops.slots import (
     loop,
     share,
 )
-from batchnorm.kernels.simd import alloca, convert, fence, fma, load, offset, pointer, splat, store, stream, total
+from batchnorm.kernels.simd import (
+    alloca,
+    convert,
+    fence,
+    fma,
+    load,
+    load_pair,
+    offset,
+    pointer,
+    splat,
+    store,
+    store_pair,
+    stream_pair,
+    total,
+)
 
 
 @loop
@@ -49,10 +63,10 @@ def run_sums(x, n, shift, sums):
     s0, s1, q0, q1, s, q = sums
     i = 0
     while i + 16 <= n:
-        d = load(x, i, 8) - shift
+        a, b = load_pair(x, i)
+        d, e = a - shift, b - shift
         s0, q0 = s0 + d, fma(d, d, q0)
-        d = load(x, i + 8, 8) - shift
-        s1, q1 = s1 + d, fma(d, d, q1)
+        s1, q1 = s1 + e, fma(e, e, q1)
         i += 16
     if i + 8 <= n:
         d = load(x, i, 8) - shift
@@ -132,10 +146,14 @@ def run_apply(x, y, n, mean, scale, shift, streaming):
     i = 0
     if streaming:
         while i + 16 <= n:
-            stream(y, i, fma(load(x, i, 8) - mean, scale, shift))
-            stream(y, i + 8, fma(load(x, i + 8, 8) - mean, scale, shift))
+            a, b = load_pair(x, i)
+            stream_pair(y, i, fma(a - mean, scale, shift), fma(b - mean, scale, shift))
             i += 16
-    while i + 8 <= n:
+    while i + 16 <= n:
+        a, b = load_pair(x, i)
+        store_pair(y, i, fma(a - mean, scale, shift), fma(b - mean, scale, shift))
+        i += 16
+    if i + 8 <= n:
         store(y, i, fma(load(x, i, 8) - mean, scale, shift))
         i += 8
     while i < n:
@@ -151,7 +169,8 @@ def run_backward_sums(x, dy, step, n, mean):
     i = 0
     if step == 0:
         while i + 16 <= n:
-            t_all = t_all + convert((load(x, i, 8) - mean) + (load(x, i + 8, 8) - mean), f64)
+            a, b = load_pair(x, i)
+            t_all = t_all + convert((a - mean) + (b - mean), f64)
             i += 16
         while i < n:
             t += f64(load(x, i, 1) - mean)
@@ -159,9 +178,12 @@ def run_backward_sums(x, dy, step, n, mean):
         g = f64(load(dy, 0, 1))
         return g * n, g * (t + total(t_all))
     while i + 32 <= n:
-        g0, g1, g2, g3 = load(dy, i, 8), load(dy, i + 8, 8), load(dy, i + 16, 8), load(dy, i + 24, 8)
-        t0 = fma(load(x, i + 8, 8) - mean, g1, (load(x, i, 8) - mean) * g0)
-        t1 = fma(load(x, i + 24, 8) - mean, g3, (load(x, i + 16, 8) - mean) * g2)
+        g0, g1 = load_pair(dy, i)
+        g2, g3 = load_pair(dy, i + 16)
+        x0, x1 = load_pair(x, i)
+        x2, x3 = load_pair(x, i + 16)
+        t0 = fma(x1 - mean, g1, (x0 - mean) * g0)
+        t1 = fma(x3 - mean, g3, (x2 - mean) * g2)
         s_all = s_all + convert((g0 + g1) + (g2 + g3), f64)
         t_all = t_all + convert(t0 + t1, f64)
         i += 32
@@ -204,10 +226,16 @@ def run_backward_apply(x, dy, step, dx, n, mean, a, b, c, streaming):
         return
     if streaming:
         while i + 16 <= n:
-            stream(dx, i, fma(load(dy, i, 8), a, fma(load(x, i, 8) - mean, b, c)))
-            stream(dx, i + 8, fma(load(dy, i + 8, 8), a, fma(load(x, i + 8, 8) - mean, b, c)))
+            g0, g1 = load_pair(dy, i)
+            x0, x1 = load_pair(x, i)
+            stream_pair(dx, i, fma(g0, a, fma(x0 - mean, b, c)), fma(g1, a, fma(x1 - mean, b, c)))
             i += 16
-    while i + 8 <= n:
+    while i + 16 <= n:
+        g0, g1 = load_pair(dy, i)
+        x0, x1 = load_pair(x, i)
+        store_pair(dx, i, fma(g0, a, fma(x0 - mean, b, c)), fma(g1, a, fma(x1 - mean, b, c)))
+        i += 16
+    if i + 8 <= n:
         store(dx, i, fma(load(dy, i, 8), a, fma(load(x, i, 8) - mean, b, c)))
         i += 8
     while i < n:
