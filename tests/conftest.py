@@ -29,7 +29,10 @@ def poisoned_memory() -> Iterator[None]:
 
     It is torch's own mode, below Python: `empty`, `empty_like`, `new_empty` and `empty_strided` all obey.
     """
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
@@ -47,6 +50,6 @@ def threads() -> Iterator[Callable[[int], None]]:
 def streaming(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor counts as larger than the cache, so that output is written around it wherever its shape allows."""
     monkeypatch.setattr(cpu, "_beyond_cache", lambda: 0)
-    cpu._plan.cache_clear()
+    cpu.plan.cache_clear()
     yield
-    cpu._plan.cache_clear()
+    cpu.plan.cache_clear()

@@ -57,7 +57,9 @@ def test_a_gradient_that_is_differentiated_leaves_the_loops_for_the_reference() 
     assert kernels.ran().backward == "reference"
     second = torch.autograd.grad(first.pow(2).sum(), (x, weight, bias))
     wide = inputs((2, 3, 2, 2))
-    (right,) = torch.autograd.grad(F.batch_norm(wide[0], None, None, *wide[1:], training=True).pow(3).sum(), wide[0], create_graph=True)
+    (right,) = torch.autograd.grad(
+        F.batch_norm(wide[0], None, None, *wide[1:], training=True).pow(3).sum(), wide[0], create_graph=True
+    )
     for found, expected in zip(second, torch.autograd.grad(right.pow(2).sum(), wide), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -67,7 +69,9 @@ def test_a_gradient_penalty_in_lower_precision(dtype: torch.dtype) -> None:
     results = []
     for function, kept in ((batch_norm, dtype), (F.batch_norm, torch.float64)):
         x, weight, bias = (t.detach().to(dtype).to(kept).requires_grad_() for t in inputs((5, 3, 2, 2)))
-        (first,) = torch.autograd.grad(function(x, None, None, weight, bias, training=True).pow(2).sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(
+            function(x, None, None, weight, bias, training=True).pow(2).sum(), x, create_graph=True
+        )
         results.append(torch.autograd.grad(first.pow(2).sum() + first.sum(), (x, weight)))
         assert all(g.dtype == kept for g in results[-1])
     slack = 1e-4 if dtype == torch.float32 else 0.1

@@ -1,4 +1,4 @@
-"""Wrong input: torch's type of error and first words, the sizes and the remedy, and nothing changed before it is raised."""
+"""Wrong input: torch's type of error and first words, the sizes and the remedy, and nothing changed before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Bits = dict[str, bytes]
 
 
 def bits(layer: nn.Module) -> Bits:
-    return {name: t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, t in layer.state_dict().items()}
+    return {
+        name: t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for name, t in layer.state_dict().items()
+    }
 
 
 def raised(call: Callable[[], Any]) -> BaseException:
@@ -250,5 +253,8 @@ def test_the_loops_refuse_what_they_cannot_serve_and_others_serve_it(x: Tensor) 
 
 
 def test_an_unknown_kernel() -> None:
-    with pytest.raises(ValueError, match="unknown kernel 'gpu': choose from cpu, aten, reference"), kernels.using("gpu"):  # type: ignore[arg-type]
+    with (
+        pytest.raises(ValueError, match="unknown kernel 'gpu': choose from cpu, aten, reference"),
+        kernels.using("gpu"),
+    ):  # type: ignore[arg-type]
         pass

@@ -1,4 +1,4 @@
-"""The gradient arrives in any layout, expanded ones included, and not every input wants one: results equal the plain case."""
+"""Gradients that arrive in any layout, expanded ones included, and are not always wanted: results equal the plain case."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from expected import LAYOUTS, OURS, channels_last, laid, step
 from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.kernels import cpu
+from expected import LAYOUTS, OURS, channels_last, laid, step
 
 # One shape for each way through the loops, by kind and fused; the backward has the same ways as the forward.
 SHAPES = {
@@ -57,11 +57,15 @@ GRADS: dict[str, Callable[[Tensor], Tensor]] = {
     "scalar": lambda g: g.flatten()[0].expand(g.shape),
     "per_sample": lambda g: g.flatten(1)[:, :1].reshape(-1, *(1,) * (g.dim() - 1)).expand(g.shape),
     "per_channel": lambda g: g[0].reshape(g.shape[1], -1)[:, 0].reshape(1, -1, *(1,) * (g.dim() - 2)).expand(g.shape),
-    "over_space": lambda g: g.reshape(*g.shape[:2], -1)[..., 0].reshape(*g.shape[:2], *(1,) * (g.dim() - 2)).expand(g.shape),
+    "over_space": lambda g: (
+        g.reshape(*g.shape[:2], -1)[..., 0].reshape(*g.shape[:2], *(1,) * (g.dim() - 2)).expand(g.shape)
+    ),
     "over_the_last_dimension": lambda g: g[..., :1].expand(g.shape),
     "over_the_batch": lambda g: g[:1].expand(g.shape),
     "over_the_channels": lambda g: g[:, :1].expand(g.shape),
-    "reversed_dimensions": lambda g: g.permute(*reversed(range(g.dim()))).contiguous().permute(*reversed(range(g.dim()))),
+    "reversed_dimensions": lambda g: (
+        g.permute(*reversed(range(g.dim()))).contiguous().permute(*reversed(range(g.dim())))
+    ),
 }
 
 
@@ -97,7 +101,11 @@ def test_a_global_mean_and_a_sum_send_expanded_gradients_through_the_loops() -> 
         reduce(layer(x)).backward()
         assert kernels.ran().backward == "cpu"
         reduce(twin(wide)).backward()
-        for ours, right in ((x.grad, wide.grad), (layer.weight.grad, twin.weight.grad), (layer.bias.grad, twin.bias.grad)):
+        for ours, right in (
+            (x.grad, wide.grad),
+            (layer.weight.grad, twin.weight.grad),
+            (layer.bias.grad, twin.bias.grad),
+        ):
             torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=3e-5)
 
 
@@ -105,9 +113,10 @@ MISALIGNED = """
 import torch, batchnorm
 from batchnorm.kernels import cpu
 cpu._beyond_cache = lambda: 0
-cpu._plan.cache_clear()
-for shape in ((7, 2, 6, 6), (5, 8, 3, 3), (3, 4, 50), (3, 8, 7, 7), (3, 8, 9)):
-    for grad in (torch.ones(()).expand(shape), torch.randn(*shape[:-1], 1).expand(shape), torch.randn(shape).movedim(0, -1).contiguous().movedim(-1, 0)):
+cpu.plan.cache_clear()
+for shape in ((7, 2, 6, 6), (7, 3, 6, 8), (11, 12, 2, 2), (5, 8, 3, 3), (3, 4, 50), (3, 8, 7, 7), (3, 8, 9)):
+    turned = torch.randn(shape).movedim(0, -1).contiguous().movedim(-1, 0)
+    for grad in (torch.ones(()).expand(shape), torch.randn(*shape[:-1], 1).expand(shape), turned):
         x = torch.randn(shape, requires_grad=True)
         layer = (batchnorm.BatchNorm2d if len(shape) == 4 else batchnorm.BatchNorm1d)(shape[1])
         layer(x).backward(grad)
@@ -130,7 +139,13 @@ def test_only_wanted_gradients_are_computed(shape: str, monkeypatch: pytest.Monk
     asked = []
     backward = cpu.backward
     monkeypatch.setattr(cpu, "backward", lambda *args: asked.append(args[-1]) or backward(*args))
-    for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, True, True), (True, False, True)):
+    for wanted in (
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+        (False, True, True),
+        (True, False, True),
+    ):
         layer = OURS[len(sizes)](sizes[1])
         layer.weight.requires_grad_(wanted[1])
         layer.bias.requires_grad_(wanted[2])
@@ -175,7 +190,10 @@ def test_evaluation_saves_x_only_if_the_weight_learns() -> None:
         layer.weight.requires_grad_(learns)
         x = torch.randn(3, 5, 9, 11, requires_grad=True)
         saved: list[Tensor] = []
-        with kernels.using("cpu"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with (
+            kernels.using("cpu"),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        ):
             layer(x)
         sizes = sorted(t.numel() for t in saved)
         assert sizes == ([5, 10, x.numel()] if learns else [5, 10])

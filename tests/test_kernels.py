@@ -1,4 +1,4 @@
-"""Every kernel, dtype, layout and shape against torch.nn in float64: values, gradients and buffers, over several steps."""
+"""Every kernel, dtype, layout and shape against torch.nn in float64: values, gradients and buffers over several steps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from expected import OURS, Result, assert_right, every_other, in_float64, laid, step
 
 from batchnorm import kernels
 from batchnorm.kernels import cpu
+from expected import OURS, Result, assert_right, every_other, in_float64, laid, step
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 BATCHES = 3
@@ -68,17 +68,17 @@ CASES = [
 
 # Sizes whose output can be written around the caches: whole vectors, in blocks of whole vectors.
 STREAMED = [
-    Case((5, 9, 12, 14), "contiguous", "planes", True),
-    Case((3, 37, 9, 24), "contiguous", "planes", True),
-    Case((3, 3, 120, 125), "contiguous", "planes", False),
-    Case((2, 3, 152, 151), "contiguous", "planes", False),
-    Case((11, 72, 3, 3), "contiguous", "small", True),
-    Case((7, 6, 6, 6), "contiguous", "small", True),
-    Case((19, 24), "contiguous", "rows", True),
-    Case((35, 712), "contiguous", "rows", True),
-    Case((601, 712), "contiguous", "rows", False),
-    Case((3, 24, 9, 11), "channels_last", "rows", True),
-    Case((5, 24, 70, 71), "channels_last", "rows", False),
+    Case((5, 9, 12, 12), "contiguous", "planes", True),
+    Case((3, 37, 6, 24), "contiguous", "planes", True),
+    Case((3, 3, 120, 126), "contiguous", "planes", False),
+    Case((2, 3, 152, 150), "contiguous", "planes", False),
+    Case((11, 12, 2, 2), "contiguous", "small", True),
+    Case((7, 23, 6, 8), "contiguous", "small", True),
+    Case((19, 48), "contiguous", "rows", True),
+    Case((35, 720), "contiguous", "rows", True),
+    Case((601, 720), "contiguous", "rows", False),
+    Case((3, 48, 9, 11), "channels_last", "rows", True),
+    Case((5, 48, 70, 71), "channels_last", "rows", False),
 ]
 
 
@@ -148,7 +148,7 @@ def test_odd_sizes_are_not_written_around_the_caches_where_vectors_would_not_be_
 
 def test_an_output_off_the_vectors_alignment_is_right(streaming: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch aligns what it allocates; memory from elsewhere need not be."""
-    shape, empty_like = (3, 9, 12, 14), torch.empty_like
+    shape, empty_like = (3, 9, 12, 12), torch.empty_like
 
     def shifted(x: torch.Tensor) -> torch.Tensor:
         return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
@@ -197,7 +197,7 @@ def test_options(kernel: str, affine: dict[str, bool], tracking: bool, momentum:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_input_beside_float32_parameters(kernel: Any, dtype: torch.dtype) -> None:
     if kernel == "cpu" and dtype == torch.float16:
-        with pytest.raises(RuntimeError, match="asked for, but x is torch.float16"), kernels.using(kernel):
+        with pytest.raises(RuntimeError, match=r"asked for, but x is torch\.float16"), kernels.using(kernel):
             OURS[4](3)(torch.randn(2, 3, 5, 5, dtype=dtype))
         return
     for training in (True, False):
@@ -218,11 +218,16 @@ def test_statistics_with_gaps_or_of_another_width_are_moved_too() -> None:
     x = laid((5, 9, 12, 15), 0, torch.float32)
     right_mean, right_var = torch.zeros(9).double(), torch.ones(9).double()
     right = torch.nn.functional.batch_norm(x.double(), right_mean, right_var, training=True)
-    for mean, var in ((every_other(torch.zeros(9)), every_other(torch.ones(9))), (torch.zeros(9).double(), torch.ones(9).double())):
+    for mean, var in (
+        (every_other(torch.zeros(9)), every_other(torch.ones(9))),
+        (torch.zeros(9).double(), torch.ones(9).double()),
+    ):
         y = batch_norm(x, mean, var, training=True)
         assert kernels.ran().forward == "cpu"
         none = (None, None, None)
-        assert_right(Result(y, *none, mean, var, None), Result(right, *none, right_mean, right_var, None), torch.float32)
+        assert_right(
+            Result(y, *none, mean, var, None), Result(right, *none, right_mean, right_var, None), torch.float32
+        )
 
 
 def test_evaluation_backward_uses_the_statistics_of_its_forward() -> None:

@@ -1,4 +1,4 @@
-"""The layers take torch.nn's place: signatures, repr, state, checkpoints, conversions, copies, tracers and lazy forms."""
+"""The layers take torch.nn's place: signatures, repr, state, checkpoints, conversions, copies, tracers, lazy forms."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def used(layer: Any, kind: str, batches: int = 2) -> Any:
 
 
 def defaults(kind: Any) -> list[tuple[str, Any]]:
-    return [(name, p.default) for name, p in inspect.signature(kind).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD,)]
+    return [
+        (name, p.default)
+        for name, p in inspect.signature(kind).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD,)
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS + LAZY)
@@ -190,7 +194,13 @@ def test_statistics_switched_off_and_on_later_behave_as_torchs() -> None:
     found = []
     for package in (nn, batchnorm):
         layer, outputs = package.BatchNorm2d(3), []
-        for switch, training, batch in ((True, True, 0), (False, True, 1), (False, False, 2), (True, False, 1), (True, True, 2)):
+        for switch, training, batch in (
+            (True, True, 0),
+            (False, True, 1),
+            (False, False, 2),
+            (True, False, 1),
+            (True, True, 2),
+        ):
             layer.track_running_stats = switch
             outputs.append(layer.train(training)(x[batch]))
         late = package.BatchNorm2d(3, track_running_stats=False)

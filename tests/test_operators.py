@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from expected import OURS, channels_last, every_other
 from torch import Tensor, nn
 
-import batchnorm
+from expected import OURS, channels_last, every_other
 
 # Warnings of torch's own compiler and exporter about themselves.
 pytestmark = [
@@ -48,11 +47,16 @@ def test_operators_keep_torchs_rules(sample: str) -> None:
     bias = torch.rand(3, dtype=x.dtype) if has_bias else None
     leaf = x.detach().clone(memory_format=torch.preserve_format)
     torch.library.opcheck(torch.ops.batchnorm.train, (leaf, weight, bias, 1e-5))
-    wanting = [None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
+    wanting = [
+        None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for t in (x, weight, bias)
+    ]
     torch.library.opcheck(torch.ops.batchnorm.train, (*wanting, 1e-5))
     _, moments = torch.ops.batchnorm.train(leaf, weight, bias, 1e-5)
     for wanted in ([True, has_weight, has_bias], [False, has_weight, False], [True, False, False]):
-        torch.library.opcheck(torch.ops.batchnorm.train_backward, (torch.randn_like(leaf), leaf, weight, moments, 1e-5, wanted))
+        torch.library.opcheck(
+            torch.ops.batchnorm.train_backward, (torch.randn_like(leaf), leaf, weight, moments, 1e-5, wanted)
+        )
 
 
 class Counting:
@@ -79,7 +83,9 @@ def assert_equal_steps(eager: nn.Module, compiled: Any, owner: nn.Module, inputs
             module.zero_grad()
             y = call(leaf)
             y.square().sum().backward()
-            results.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters()), *(b.clone() for b in module.buffers())])
+            results.append(
+                [y.detach(), leaf.grad, *(p.grad for p in module.parameters()), *(b.clone() for b in module.buffers())]
+            )
         for found, right in zip(results[1], results[0], strict=True):
             slack = 2e-2 if right.dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(found, right, rtol=slack, atol=slack)
@@ -103,14 +109,18 @@ def test_dimensions_layouts_and_dtypes_compile(kind: int, dtype: torch.dtype) ->
         eager = model(kind, dtype=dtype)
         owner = copy.deepcopy(eager)
         compiled = torch.compile(owner, fullgraph=True, backend="aot_eager")
-        assert_equal_steps(eager, compiled, owner, [layout(torch.randn(5, 3, 7, 3, 2)[(..., *(0,) * (5 - kind))].to(dtype))])
+        assert_equal_steps(
+            eager, compiled, owner, [layout(torch.randn(5, 3, 7, 3, 2)[(..., *(0,) * (5 - kind))].to(dtype))]
+        )
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
 def test_plain_layers_compile(options: dict[str, bool]) -> None:
     eager = model(4, **options)
     owner = copy.deepcopy(eager)
-    assert_equal_steps(eager, torch.compile(owner, fullgraph=True, backend="aot_eager"), owner, [torch.randn(2, 3, 7, 5)])
+    assert_equal_steps(
+        eager, torch.compile(owner, fullgraph=True, backend="aot_eager"), owner, [torch.randn(2, 3, 7, 5)]
+    )
 
 
 def test_the_compiler_sees_one_operator_and_compiles_once() -> None:
@@ -141,7 +151,7 @@ def test_sizes_may_change_after_one_recompilation() -> None:
 
 
 def test_errors_arrive_through_the_compiler() -> None:
-    with pytest.raises(Exception, match="running_mean should contain 4 elements not 3|more than 1 value"):
+    with pytest.raises(Exception, match="running_mean should contain 4 elements not 3"):
         torch.compile(model(4), fullgraph=True, backend="eager")(torch.randn(2, 4, 3, 3))
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from expected import OURS, Result, laid, step
 from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import launch
+from expected import OURS, Result, laid, step
 
 SHAPES = [
     ((2, 307, 67), "contiguous"),
@@ -26,7 +26,9 @@ SHAPES = [
     ((3, 5, 60, 61), "channels_last"),
     ((5, 9, 70, 71), "channels_last"),
 ]
-EVERY_WAY = pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v)
+EVERY_WAY = pytest.mark.parametrize(
+    ("shape", "layout"), SHAPES, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v
+)
 Threads = Callable[[int], None]
 
 
@@ -82,7 +84,9 @@ def test_openmp_is_found_on_linux() -> None:
 
 @pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "python"])
 @pytest.mark.parametrize("team", [1, 2])
-def test_four_python_threads_at_once(openmp: bool, team: int, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_python_threads_at_once(
+    openmp: bool, team: int, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads(team)
     if not openmp:
         monkeypatch.setattr(launch, "openmp", lambda: None)

@@ -17,7 +17,9 @@ from batchnorm import kernels
 
 def block() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 9, 3), batchnorm.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 5, 3), batchnorm.BatchNorm2d(5))
+    return nn.Sequential(
+        nn.Conv2d(3, 9, 3), batchnorm.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 5, 3), batchnorm.BatchNorm2d(5)
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -16,7 +16,7 @@ from batchnorm.kernels import launch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
-_SMALL_SPACE = 64  # runs shorter than this are seen as columns
+_SMALL_SPACE = 32  # runs shorter than this are seen as columns
 _COLUMNS = 512  # the loops' limit of columns in a block
 _GROUP = 16  # the loops' limit of channels in a group
 _LONG = 16384  # neighbours in one part of a long run
