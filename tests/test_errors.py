@@ -34,7 +34,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
 
 
 class Wrong(NamedTuple):
-    """What is built and fed; `words`: how much of torch's message ours begins with; `says`: what ours must name beyond it."""
+    """What is built and fed; `words`: what torch's message and ours begin with; `says`: what ours must name beyond it."""
 
     kind: str
     options: dict[str, Any]
@@ -57,32 +57,75 @@ WRONG = {
     "4-D into 3d": Wrong("BatchNorm3d", {}, lambda: torch.randn(2, 3, 5, 5), "expected 5D input (got 4D input)"),
     "6-D into 3d": Wrong("BatchNorm3d", {}, lambda: torch.randn(2, 3, 2, 2, 2, 2), "expected 5D input (got 6D input)"),
     "one value": Wrong(
-        "BatchNorm1d", {}, lambda: torch.randn(1, 3),
-        "Expected more than 1 value per channel when training, got input size torch.Size([1, 3])", ("larger batch", "eval()"),
+        "BatchNorm1d",
+        {},
+        lambda: torch.randn(1, 3),
+        "Expected more than 1 value per channel when training, got input size torch.Size([1, 3])",
+        ("larger batch", "eval()"),
     ),
     "one value, untracked, evaluated": Wrong(
-        "BatchNorm2d", {"track_running_stats": False}, lambda: torch.randn(1, 3, 1, 1),
-        "Expected more than 1 value per channel when training, got input size torch.Size([1, 3, 1, 1])", training=False,
+        "BatchNorm2d",
+        {"track_running_stats": False},
+        lambda: torch.randn(1, 3, 1, 1),
+        "Expected more than 1 value per channel when training, got input size torch.Size([1, 3, 1, 1])",
+        training=False,
     ),
     "channels": Wrong(
-        "BatchNorm2d", {}, lambda: torch.randn(2, 4, 5, 5), "running_mean should contain 4 elements not 3", ("(2, 4, 5, 5)",)
+        "BatchNorm2d",
+        {},
+        lambda: torch.randn(2, 4, 5, 5),
+        "running_mean should contain 4 elements not 3",
+        ("(2, 4, 5, 5)",),
     ),
     "channels, evaluated": Wrong(
-        "BatchNorm2d", {}, lambda: torch.randn(2, 4, 5, 5), "running_mean should contain 4 elements not 3", ("(2, 4, 5, 5)",), False
+        "BatchNorm2d",
+        {},
+        lambda: torch.randn(2, 4, 5, 5),
+        "running_mean should contain 4 elements not 3",
+        ("(2, 4, 5, 5)",),
+        False,
     ),
     "channels, untracked": Wrong(
-        "BatchNorm2d", {"track_running_stats": False}, lambda: torch.randn(2, 4, 5, 5), "weight should contain 4 elements not 3"
+        "BatchNorm2d",
+        {"track_running_stats": False},
+        lambda: torch.randn(2, 4, 5, 5),
+        "weight should contain 4 elements not 3",
     ),
-    "long": Wrong("BatchNorm2d", {}, lambda: torch.ones(2, 3, 5, 5).long(), '"batch_norm" not implemented for \'Long\'', ("float",)),
-    "int": Wrong("BatchNorm2d", {}, lambda: torch.ones(2, 3, 5, 5).int(), '"batch_norm" not implemented for \'Int\'', ("float",)),
-    "bool": Wrong("BatchNorm2d", {}, lambda: torch.ones(2, 3, 5, 5).bool(), '"batch_norm" not implemented for \'Bool\'', ("float",)),
+    "long": Wrong(
+        "BatchNorm2d",
+        {},
+        lambda: torch.ones(2, 3, 5, 5).long(),
+        "\"batch_norm\" not implemented for 'Long'",
+        ("float",),
+    ),
+    "int": Wrong(
+        "BatchNorm2d", {}, lambda: torch.ones(2, 3, 5, 5).int(), "\"batch_norm\" not implemented for 'Int'", ("float",)
+    ),
+    "bool": Wrong(
+        "BatchNorm2d",
+        {},
+        lambda: torch.ones(2, 3, 5, 5).bool(),
+        "\"batch_norm\" not implemented for 'Bool'",
+        ("float",),
+    ),
     "byte, evaluated": Wrong(
-        "BatchNorm2d", {}, lambda: torch.ones(2, 3, 5, 5).byte(), '"batch_norm" not implemented for \'Byte\'', ("float",), False
+        "BatchNorm2d",
+        {},
+        lambda: torch.ones(2, 3, 5, 5).byte(),
+        "\"batch_norm\" not implemented for 'Byte'",
+        ("float",),
+        False,
     ),
     "complex": Wrong(
-        "BatchNorm2d", {}, lambda: torch.ones(2, 3, 5, 5) * 1j, '"batch_norm" not implemented for \'ComplexFloat\'', ("float",)
+        "BatchNorm2d",
+        {},
+        lambda: torch.ones(2, 3, 5, 5) * 1j,
+        "\"batch_norm\" not implemented for 'ComplexFloat'",
+        ("float",),
     ),
-    "double beside float": Wrong("BatchNorm2d", {}, lambda: torch.randn(2, 3, 5, 5).double(), MIXED, ("float32", "float64")),
+    "double beside float": Wrong(
+        "BatchNorm2d", {}, lambda: torch.randn(2, 3, 5, 5).double(), MIXED, ("float32", "float64")
+    ),
     "float beside double": Wrong(
         "BatchNorm2d", {"dtype": torch.float64}, lambda: torch.randn(2, 3, 5, 5), MIXED, ("float32", "float64")
     ),
@@ -92,21 +135,48 @@ WRONG = {
     "half beside bfloat16": Wrong(
         "BatchNorm2d", {"dtype": torch.bfloat16}, lambda: torch.randn(2, 3, 5, 5).half(), MIXED, ("float16", "bfloat16")
     ),
-    "eps 0": Wrong("BatchNorm2d", {"eps": 0}, lambda: torch.randn(2, 3, 5, 5), "batch_norm eps must be positive during training, but got 0"),
+    "eps 0": Wrong(
+        "BatchNorm2d",
+        {"eps": 0},
+        lambda: torch.randn(2, 3, 5, 5),
+        "batch_norm eps must be positive during training, but got 0",
+    ),
     "eps below 0": Wrong(
-        "BatchNorm2d", {"eps": -1}, lambda: torch.randn(2, 3, 5, 5), "batch_norm eps must be non-negative, but got -1", training=False
+        "BatchNorm2d",
+        {"eps": -1},
+        lambda: torch.randn(2, 3, 5, 5),
+        "batch_norm eps must be non-negative, but got -1",
+        training=False,
     ),
     "no running mean": Wrong(
-        "BatchNorm2d", {}, lambda: torch.randn(2, 3, 5, 5), "running_mean must be defined in evaluation mode", (), False, drop_statistics
+        "BatchNorm2d",
+        {},
+        lambda: torch.randn(2, 3, 5, 5),
+        "running_mean must be defined in evaluation mode",
+        (),
+        False,
+        drop_statistics,
     ),
-    "sparse": Wrong("BatchNorm2d", {}, lambda: torch.randn(2, 3, 5, 5).to_sparse(), "Could not run 'aten::native_batch_norm'"),
-    "meta": Wrong("BatchNorm2d", {}, lambda: torch.empty(2, 3, 5, 5, device="meta"), "Tensor on device cpu is not on the expected device"),
+    "sparse": Wrong(
+        "BatchNorm2d", {}, lambda: torch.randn(2, 3, 5, 5).to_sparse(), "Could not run 'aten::native_batch_norm'"
+    ),
+    "meta": Wrong(
+        "BatchNorm2d",
+        {},
+        lambda: torch.empty(2, 3, 5, 5, device="meta"),
+        "Tensor on device cpu is not on the expected device",
+    ),
     "a matrix of weights": Wrong(
-        "BatchNorm2d", {}, lambda: torch.randn(2, 3, 5, 5), "", (), True,
+        "BatchNorm2d",
+        {},
+        lambda: torch.randn(2, 3, 5, 5),
+        "",
+        (),
+        True,
         lambda layer: setattr(layer, "running_mean", torch.zeros(1, 3)),
     ),
     "no tensor": Wrong("BatchNorm2d", {}, lambda: [1.0], "'list' object has no attribute"),  # type: ignore[arg-type,return-value]
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -152,6 +222,29 @@ print("done")
 def test_parameters_and_statistics_on_another_device() -> None:
     """In a process of its own: their addresses mean nothing here, and reading them ends it."""
     ended = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+DEFAULT_DEVICE = """
+import torch, batchnorm
+x = torch.randn(5, 9, 12, 15, requires_grad=True)
+layer = batchnorm.BatchNorm2d(9)
+with torch.device("meta"):
+    y = layer(x)
+y.sum().backward()
+layer(x)
+assert batchnorm.kernels.ran() == ("cpu", "cpu")
+right = torch.nn.functional.batch_norm(x.detach().double(), None, None, training=True)
+assert torch.allclose(y.double(), right, rtol=1e-5, atol=1e-5)
+print("done")
+"""
+
+
+def test_memory_of_the_loops_is_on_the_cpu_whatever_the_default_device() -> None:
+    """In a process of its own: an address on another device means nothing here."""
+    ended = subprocess.run(
+        [sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, timeout=120, check=False
+    )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 

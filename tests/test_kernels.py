@@ -1,4 +1,4 @@
-"""Every kernel, dtype, layout and shape against torch.nn in float64: values, gradients and buffers over several steps."""
+"""Every kernel, dtype, layout and shape against torch.nn in float64: values, gradients and buffers, several steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Case(NamedTuple):
         return f"{'x'.join(map(str, self.shape))}-{self.layout}"
 
 
-# No size is a power of two but 1, so that every loop has a tail. `fused`: a block of channels stays in cache between passes.
+# No size is a power of two but 1, so that every loop has a tail.
 CASES = [
     Case((3, 5, 9, 11), "contiguous", "planes", True),  # few channels, small
     Case((5, 9, 12, 15), "contiguous", "planes", True),

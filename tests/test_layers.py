@@ -169,7 +169,8 @@ def test_meta_and_to_empty() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("before", [lambda m: m, lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()],
+@pytest.mark.parametrize("before", [lambda m: m, lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()
+                                    ],
                          ids=["float", "half", "bfloat16", "double"])  # fmt: skip
 def test_lazy_layers(kind: str, before: Any) -> None:
     ours, torchs = before(getattr(batchnorm, f"Lazy{kind}")()), before(getattr(nn, f"Lazy{kind}")())
@@ -182,7 +183,7 @@ def test_lazy_layers(kind: str, before: Any) -> None:
     assert repr(ours) == repr(torchs)
     assert ours.running_mean.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(y, right, rtol=1e-2 if x.dtype.itemsize == 2 else 1e-5,
-                               atol=1e-3 if x.dtype.itemsize == 2 else 1e-5)  # fmt: skip
+                               atol=1e-2 if x.dtype.itemsize == 2 else 1e-5)  # fmt: skip
     assert ours.num_batches_tracked == 1
     loaded = before(getattr(batchnorm, f"Lazy{kind}")())
     loaded.load_state_dict(ours.state_dict())

@@ -164,7 +164,7 @@ def test_a_bad_batch_moves_no_statistics_when_compiled() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, owner.buffers(), strict=True))
 
 
-# --- export ------------------------------------------------------------------------------------------------------------------------
+# --- export -------------------------------------------------------------------------------------------------
 
 
 def trained(kind: int) -> nn.Module:

@@ -148,7 +148,7 @@ def test_a_loaders_workers_normalize() -> None:
     assert all(is_right(found[seed], seed) for seed in range(6))
 
 
-# --- the cache on disk ---------------------------------------------------------------------------------------------------------------
+# --- the cache on disk --------------------------------------------------------------------------------------
 
 PROGRAM = """
 import torch, batchnorm
@@ -183,17 +183,25 @@ def run(folder: Path, program: str = PROGRAM, **options: object) -> None:
         "OMP_NUM_THREADS": "2",
     }
     environment |= options.pop("env", {})  # type: ignore[arg-type]
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=2 * LIMIT, check=False,
-                           env=environment, cwd="/", **options)  # type: ignore[call-overload]  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT,
+        check=False,
+        env=environment,
+        cwd="/",
+        **options,
+    )  # type: ignore[call-overload]
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip() == str(folder / "batchnorm" / "__init__.py")
 
 
 def give_up_writing_anywhere() -> None:
-    """Root, too, is bound by file modes from the next exec on: PR_CAPBSET_DROP of DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER."""
+    """Root, too, is bound by file modes from the next exec on: three capabilities leave the bounding set."""
     if os.getuid() == 0:
         libc = ctypes.CDLL(None)
-        for capability in (1, 2, 3):
+        for capability in (1, 2, 3):  # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
             libc.prctl(24, capability, 0, 0, 0)
 
 
