@@ -107,7 +107,7 @@ _TOLERANCE = {
 def assert_right(found: Result, right: Result, dtype: torch.dtype, slack: float = 1.0) -> None:
     """Every value of the step within the dtype's rounding of the oracle's.
 
-    `slack` multiplies what is allowed; ATen, which computes some gradients of half precision in half precision, needs it.
+    `slack` multiplies what is allowed; ATen, which takes some gradients of half precision in half precision, needs it.
     """
     for name, ours, oracle in zip(Result._fields, found, right, strict=True):
         if oracle is None:

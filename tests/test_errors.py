@@ -34,7 +34,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
 
 
 class Wrong(NamedTuple):
-    """What is built and fed; `words`: what torch's message and ours begin with; `says`: what ours must name beyond it."""
+    """What is built and fed; `words`: what torch's message and ours begin with; `says`: what ours must name."""
 
     kind: str
     options: dict[str, Any]

@@ -19,7 +19,7 @@ SHAPES = {
     "planes": ((3, 37, 9, 11), "contiguous"),
     "planes_split": ((3, 3, 123, 125), "contiguous"),
     "one_channel": ((5, 1, 9, 11), "contiguous"),
-    "small": ((7, 5, 7, 7), "contiguous"),
+    "small": ((7, 5, 5, 5), "contiguous"),
     "rows": ((3, 5, 9, 11), "channels_last"),
     "rows_split": ((5, 9, 70, 71), "channels_last"),
     "matrix": ((17, 5), "contiguous"),

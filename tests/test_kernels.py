@@ -42,12 +42,13 @@ CASES = [
     Case((2, 3, 150, 151), "contiguous", "planes", False),  # runs in two parts
     Case((5, 1, 163, 165), "contiguous", "planes", False),
     Case((1, 1, 20011, 7), "contiguous", "planes", False),
-    Case((7, 5, 7, 7), "contiguous", "small", True),
+    Case((7, 5, 7, 7), "contiguous", "planes", True),
+    Case((7, 5, 5, 5), "contiguous", "small", True),
     Case((11, 3, 3, 3), "contiguous", "small", True),
     Case((1, 3, 2, 3), "contiguous", "small", True),  # one sample
-    Case((9, 23, 7, 7), "contiguous", "small", True),  # more columns than a block holds
+    Case((9, 23, 5, 5), "contiguous", "small", True),  # more columns than a block holds
     Case((3, 701, 3), "contiguous", "small", True),
-    Case((6, 5, 3, 3, 7), "contiguous", "small", True),
+    Case((6, 5, 3, 3, 2), "contiguous", "small", True),
     Case((17, 5), "contiguous", "rows", True),
     Case((3, 1), "contiguous", "rows", True),
     Case((35, 701), "contiguous", "rows", True),  # two blocks of columns
@@ -73,7 +74,7 @@ STREAMED = [
     Case((3, 3, 120, 126), "contiguous", "planes", False),
     Case((2, 3, 152, 150), "contiguous", "planes", False),
     Case((11, 12, 2, 2), "contiguous", "small", True),
-    Case((7, 23, 6, 8), "contiguous", "small", True),
+    Case((7, 22, 2, 4), "contiguous", "small", True),
     Case((19, 48), "contiguous", "rows", True),
     Case((35, 720), "contiguous", "rows", True),
     Case((601, 720), "contiguous", "rows", False),

@@ -23,6 +23,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 if "bias" in inspect.signature(nn.BatchNorm2d).parameters:
     OPTIONS.append({"bias": False})
+BF16 = torch.bfloat16
 PAIRS = [(nn, batchnorm), (batchnorm, nn)]
 
 
@@ -169,7 +170,7 @@ def test_meta_and_to_empty() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("before", [lambda m: m, lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()
+@pytest.mark.parametrize("before", [lambda m: m, lambda m: m.half(), lambda m: m.to(BF16), lambda m: m.double()
                                     ],
                          ids=["float", "half", "bfloat16", "double"])  # fmt: skip
 def test_lazy_layers(kind: str, before: Any) -> None:

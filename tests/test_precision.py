@@ -18,7 +18,7 @@ SHAPES = [
     ((5, 9, 12, 15), "contiguous"),
     ((3, 37, 9, 11), "contiguous"),
     ((3, 3, 123, 125), "contiguous"),
-    ((9, 23, 7, 7), "contiguous"),
+    ((9, 23, 5, 5), "contiguous"),
     ((35, 701), "contiguous"),
     ((601, 701), "contiguous"),
     ((3, 5, 9, 11), "channels_last"),
@@ -95,7 +95,7 @@ def test_a_constant_channel_becomes_its_bias(shape: tuple[int, ...], layout: str
 @EVERY_WAY
 @pytest.mark.parametrize("scale", [1e30, 1e25, 1e18, 1e-18, 1e-30, 1e-41])
 def test_huge_and_tiny_values(shape: tuple[int, ...], layout: str, scale: float) -> None:
-    """Squares leave float32's range both ways. Where torch is right, ours is; elsewhere ours is no worse, and finite."""
+    """Squares leave float32's range both ways. Where torch is right, ours is, else no worse, and finite."""
     x = laid(shape, 0, torch.float32, layout).copy_(values(shape, 0) * scale)
     grad = laid(shape, 1, torch.float32, layout)
     results = []

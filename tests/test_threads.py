@@ -20,7 +20,7 @@ SHAPES = [
     ((5, 9, 72, 75), "contiguous"),
     ((2, 3, 150, 151), "contiguous"),
     ((5, 1, 163, 165), "contiguous"),
-    ((9, 230, 7, 7), "contiguous"),
+    ((19, 230, 5, 5), "contiguous"),
     ((35, 1501), "contiguous"),
     ((601, 701), "contiguous"),
     ((3, 5, 60, 61), "channels_last"),
