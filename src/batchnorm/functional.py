@@ -12,6 +12,17 @@ from batchnorm.kernels.choice import EVALUATE_FROM, asked_for, record, unwatched
 __all__ = ["batch_norm"]
 
 _NARROW = (torch.float16, torch.bfloat16)
+_NAMES = {  # what torch calls them in this message
+    torch.bool: "Bool",
+    torch.uint8: "Byte",
+    torch.int8: "Char",
+    torch.int16: "Short",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.complex32: "ComplexHalf",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+}
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
@@ -59,18 +70,18 @@ def batch_norm(
     if not training:
         return _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
     recomputing = torch._C._current_graph_task_id() != -1  # a forward inside a backward: activation checkpointing
-    plan = _common_case(input, running_mean, running_var, weight, bias)
+    plan = _common_case(input, running_mean, running_var, weight, bias, num_batches_tracked)
     if plan is not None and eps > 0 and momentum is not None and 0 <= momentum <= 1:
         running = None if recomputing else cpu.Running(running_mean, running_var, num_batches_tracked, momentum)
         return operators.train_cpu(input, plan, weight, bias, running, eps)
 
     _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    kernel = which(input, True, weight, bias, running_mean, running_var)
+    kernel = which(input, True, weight, bias, running_mean, running_var, num_batches_tracked)
     if recomputing:
         running_mean = running_var = num_batches_tracked = None
-    if kernel == "cpu":
+    if kernel == "cpu" and (num_batches_tracked is None or num_batches_tracked.dtype == torch.int64):
         return _train_cpu(input, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
-    train = _train_aten if kernel == "aten" else _train_reference
+    train = _train_reference if kernel == "reference" else _train_aten
     record.forward = kernel
     y, mean, var = train(input, weight, bias, eps)
     _track(input, running_mean, running_var, num_batches_tracked, momentum, mean, var)
@@ -81,7 +92,12 @@ def batch_norm(
 
 
 def _common_case(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batches: Tensor | None,
 ) -> cpu.Plan | None:
     """The loops' plan where nothing needs a closer look: what `_check` and `which` establish, in a tenth of the time.
 
@@ -94,8 +110,12 @@ def _common_case(
         return None
     size, dtype = plan.vector, plan.statistics
     for t in (running_mean, running_var, weight, bias):
-        if t is not None and (t.dtype != dtype or t.shape != size or type(t) not in _PLAIN or not t.is_contiguous()):
+        if t is not None and not (
+            t.dtype == dtype and t.shape == size and type(t) in _PLAIN and t.is_cpu and t.is_contiguous()
+        ):
             return None
+    if batches is not None and not (type(batches) in _PLAIN and batches.is_cpu and batches.dtype == torch.int64):
+        return None
     return plan if (running_mean is None) == (running_var is None) else None
 
 
@@ -225,7 +245,10 @@ def _evaluate(
             y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
         except (RuntimeError, IndexError, ValueError):
             _check(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
-            raise
+            if running_mean is None or running_var is None or x.dtype in _NARROW or running_mean.dtype == x.dtype:
+                raise
+            # Statistics of another precision, which training can move: ATen wants the input's.
+            y = _evaluate_aten(x, running_mean.to(x.dtype), running_var.to(x.dtype), weight, bias, eps)
         record.forward = "aten"
         return y
     _check(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
@@ -285,7 +308,7 @@ def _check(
     if len(shape) < 2:
         raise ValueError(f"expected at least 2D input (got {len(shape)}D input): batch_norm needs (N, C, *space)")
     if not dtype.is_floating_point:
-        kind = {"complex64": "ComplexFloat", "int64": "Long", "int32": "Int"}.get(str(dtype)[6:], str(dtype)[6:])
+        kind = _NAMES.get(dtype, str(dtype).removeprefix("torch."))
         raise NotImplementedError(f'"batch_norm" not implemented for {kind!r}: convert the input to a floating dtype')
     channels = shape[1]
     if channels == 0:
@@ -305,17 +328,20 @@ def _check(
     elif not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
     if running_mean is None or running_var is None:
+        if not training:
+            name = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"{name} must be defined in evaluation mode: pass statistics, or training=True")
         if running_mean is not running_var:
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if not training:
-            raise RuntimeError("running_mean must be defined in evaluation mode: pass statistics, or training=True")
     else:
         _check_channels("running_mean", running_mean, x, channels)
         _check_channels("running_var", running_var, x, channels)
-    if weight is not None and (weight.dtype != dtype or weight.shape != (channels,)):
+    if weight is not None:
         _check_channels("weight", weight, x, channels)
-    if bias is not None and (bias.dtype != dtype or bias.shape != (channels,)):
+    if bias is not None:
         _check_channels("bias", bias, x, channels)
+    if batches is not None and batches.device != x.device:
+        raise _elsewhere("num_batches_tracked", batches, x)
 
 
 def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
@@ -328,6 +354,8 @@ def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
         raise RuntimeError(
             f"{name} should be a vector of {channels} elements, got size {tuple(t.shape)}: use reshape(-1)"
         )
+    if t.device != x.device:
+        raise _elsewhere(name, t, x)
     if t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype in _NARROW):
         return
     if name.startswith("running") and t.dtype.is_floating_point:
@@ -335,4 +363,10 @@ def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
     raise RuntimeError(
         f"mixed dtype: {name} is {t.dtype} and the input is {x.dtype}; parameters have the input's dtype, "
         "or float32 beside half precision"
+    )
+
+
+def _elsewhere(name: str, t: Tensor, x: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"Tensor on device {t.device} is not on the expected device {x.device}!: {name} must be moved to the input's"
     )

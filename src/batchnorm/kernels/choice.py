@@ -103,6 +103,8 @@ def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...]) -> s
     """Why the loops cannot (or, automatically, should not) serve x; None if they can."""
     if type(x) not in _PLAIN or not all(type(t) in _PLAIN for t in others):
         return "not all tensors are plain: subclasses have semantics of their own"
+    if not all(t is None or t.is_cpu for t in others):
+        return "not all tensors are on the CPU"
     if not x.is_cpu or x.dtype not in _DTYPES:
         return f"x is {x.dtype} on {x.device}, not float32, float64 or bfloat16 on the CPU"
     if x.layout != torch.strided or x.is_neg():

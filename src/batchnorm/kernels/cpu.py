@@ -109,8 +109,8 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
         streams=size >= _beyond_cache() and run % 16 == 0,
         statistics=statistics,
         vector=torch.Size([channels]),
-        moments=torch.empty(2, channels, dtype=torch.float64),
-        gradient=torch.empty(channels, dtype=statistics),
+        moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
+        gradient=torch.empty(channels, dtype=statistics, device="cpu"),
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def _streams(plan: Plan, out: int) -> bool:
 def _between_passes(plan: Plan, coefficients: int) -> tuple[Tensor, int, int]:
     """Memory for the parts' sums and for the coefficients (float64 slots serve both), and where each begins."""
     sums = 2 * plan.parts * plan.channels
-    memory = torch.empty(sums + coefficients * plan.channels, dtype=torch.float64)
+    memory = torch.empty(sums + coefficients * plan.channels, dtype=torch.float64, device="cpu")
     return memory, memory.data_ptr(), memory.data_ptr() + 8 * sums
 
 
@@ -223,7 +223,7 @@ def backward(
     same = dy.dtype == x.dtype and dy.is_contiguous() and x.is_contiguous()
     dy, strides = (dy, plan.strides) if same else _readable(dy, x, plan)
     if plan.kind == "small" and strides[1:] != (plan.space, 1):  # a sample of dy is no row of columns
-        plan = plan._replace(kind="planes", block=1)
+        plan = plan._replace(kind="planes", block=1, streams=plan.streams and plan.space % 16 == 0)
     dx = torch.empty_like(x) if wanted[0] else None
     grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
     grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
@@ -253,7 +253,7 @@ def evaluate(
         streams = plan.streams and plan.space % 16 == 0
         plan = plan._replace(kind="planes", parts=-(-plan.space // _LONG), block=_LONG, streams=streams)
     y = torch.empty_like(x)
-    memory = torch.empty(5, plan.channels, dtype=torch.float64)  # two moments, three coefficients
+    memory = torch.empty(5, plan.channels, dtype=torch.float64, device="cpu")  # two moments, three coefficients
     memory[0], memory[1] = mean, var
     weight, bias = _as_statistics(weight, plan.statistics), _as_statistics(bias, plan.statistics)
     moments, out = memory.data_ptr(), y.data_ptr()

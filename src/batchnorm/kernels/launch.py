@@ -32,8 +32,9 @@ _forked = False
 
 
 def _after_fork() -> None:
-    global _forked
+    global _forked, _compiling
     _forked = True
+    _compiling = threading.Lock()  # another thread of the parent, which is not here to release it, may hold the old one
 
 
 if hasattr(os, "register_at_fork"):

@@ -125,17 +125,18 @@ class _Evaluate(torch.autograd.Function):
         x, weight, (mean, var) = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         record.backward = "reference"  # affine in x: plain operations, which autograd can differentiate again
-        scale = (var + ctx.eps).rsqrt()
         per_channel = (slice(None), *(None,) * (dy.dim() - 2))
+        dims, wide = (0, *range(2, dy.dim())), torch.promote_types(dy.dtype, torch.float32)
+        scale = (var + ctx.eps).rsqrt()
         grad_weight = grad_bias = grad_x = None
         if need_x:
             whole = scale if weight is None else scale * weight
-            grad_x = dy * whole.to(dy.dtype)[per_channel]
+            grad_x = (dy * whole.to(wide)[per_channel]).to(dy.dtype)
         if need_weight:
-            x_hat = (x - mean.to(x.dtype)[per_channel]) * scale.to(x.dtype)[per_channel]
-            grad_weight = (dy * x_hat).sum((0, *range(2, dy.dim()))).to(weight.dtype)
+            x_hat = (x - mean.to(wide)[per_channel]) * scale.to(wide)[per_channel]
+            grad_weight = (dy * x_hat).sum(dims).to(weight.dtype)
         if need_bias:
-            grad_bias = dy.sum((0, *range(2, dy.dim()))).to(ctx.bias_dtype)
+            grad_bias = dy.sum(dims, dtype=wide).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 

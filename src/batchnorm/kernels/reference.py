@@ -31,10 +31,11 @@ def train_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     Returns:
         ``y`` in the shape and dtype of ``x``, and the mean and biased variance that normalized it, ``(C,)``.
     """
-    moments = Moments.of(x, _all_but_channel(x))
+    wide = x.to(accumulate_dtype(x))  # once: autograd adds the gradients that meet here, and rounds their sum
+    moments = Moments.of(wide, _all_but_channel(x))
     mean = moments.mean
     var = moments.biased_variance
-    return inference(x, mean, var, weight, bias, eps), mean, var
+    return inference(wide, mean, var, weight, bias, eps).to(x.dtype), mean, var
 
 
 def inference(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
