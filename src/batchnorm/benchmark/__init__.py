@@ -6,6 +6,7 @@ clock, ``worker`` the process that times, ``summary`` the bars, ``report`` what 
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +27,7 @@ def run(out: Path, quick: bool) -> None:
         quick: a few small cells and short clocks, to see that all works; its figures judge nothing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)  # a file or a pipe is as wide as the tables
     found = measure(grid.quick() if quick else grid.full(), console)
     paths = found.save(out / "benchmark.json"), report.save(found, out / "benchmark.md")
     report.show(found, console)

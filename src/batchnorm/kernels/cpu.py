@@ -43,18 +43,7 @@ class Plan(NamedTuple):
     vector: torch.Size  # theirs
     moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
     gradient: Tensor
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Over batch, channels and space."""
-        sample = self.channels * self.space
-        return (sample, 1, self.channels) if self.kind == "rows" else (sample, self.space, 1)
-
-    @property
-    def slots(self) -> tuple[int, int, int, int, int, int]:
-        """BATCH to BLOCK, as the loops name them."""
-        step = 1 if self.kind == "rows" else self.space
-        return self.batch, self.channels, self.space, step, self.parts, self.block
+    strides: tuple[int, int, int]  # over batch, channels and space
 
     def threads(self) -> int:
         return 1 if self.worth_threads == 1 else min(torch.get_num_threads(), self.worth_threads)
@@ -111,6 +100,7 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
         vector=torch.Size([channels]),
         moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
         gradient=torch.empty(channels, dtype=statistics, device="cpu"),
+        strides=(channels * space, 1, channels) if kind == "rows" else (channels * space, space, 1),
     )  # fmt: skip
 
 
@@ -159,6 +149,11 @@ def _beyond_cache() -> int:
 # `slots` below are what loops/slots.py names X, DY, OUT … FACTOR, in that order.
 
 
+def _shape_slots(plan: Plan) -> tuple[int, int, int, int, int, int]:
+    """BATCH to BLOCK."""
+    return plan.batch, plan.channels, plan.space, plan.strides[1], plan.parts, plan.block
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -195,8 +190,8 @@ def forward(
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
     out = y.data_ptr()
     slots = (
-        x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers,
-        moments.data_ptr(), coefficients, partials, 0, 0, *plan.slots, 0, 0, 0, _streams(plan, out), eps, factor,
+        x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers, moments.data_ptr(), coefficients, partials,
+        0, 0, *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, factor,
     )  # fmt: skip
     if plan.fused:
         alone = launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads())
@@ -232,7 +227,7 @@ def backward(
     out = _address(dx)
     slots = (
         x.data_ptr(), dy.data_ptr(), out, _address(weight), 0, 0, 0, 0, moments.data_ptr(), coefficients, partials,
-        _address(grad_weight), _address(grad_bias), *plan.slots, *strides, _streams(plan, out), eps, 0.0,
+        _address(grad_weight), _address(grad_bias), *_shape_slots(plan), *strides, _streams(plan, out), eps, 0.0,
     )  # fmt: skip
     if plan.fused:
         launch.run(f"{plan.kind}_backward", x.dtype, slots, plan.threads())
@@ -259,7 +254,7 @@ def evaluate(
     moments, out = memory.data_ptr(), y.data_ptr()
     slots = (
         x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments, moments + 16 * plan.channels, 0, 0, 0,
-        *plan.slots, 0, 0, 0, _streams(plan, out), eps, 0.0,
+        *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, 0.0,
     )  # fmt: skip
     launch.run("prepare", x.dtype, slots, 1)
     launch.run(f"{plan.kind}_apply", x.dtype, slots, plan.threads())
