@@ -246,7 +246,7 @@ def test_a_small_evaluation_goes_to_aten_and_a_large_one_to_the_loops() -> None:
     with torch.no_grad():
         layer(torch.randn(2, 3, 5, 5))
         assert kernels.ran().forward == "aten"
-        x = torch.randn(2, 3, 901, 1001)
+        x = torch.randn(3, 3, 901, 1001)
         assert kernels.which(x, False) == "cpu"
         y = layer(x)
         assert kernels.ran().forward == "cpu"
