@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
     gradient: Tensor
     strides: tuple[int, int, int]  # over batch, channels and space
+    share: float  # of one value in its channel: 1 / (batch · space)
 
     def threads(self) -> int:
         return 1 if self.worth_threads == 1 else min(torch.get_num_threads(), self.worth_threads)
@@ -91,16 +92,22 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
     size = batch * channels * space * dtype.itemsize
     fused, parts, block = _divide(kind, batch, channels, space, dtype.itemsize)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    columns = channels if kind == "rows" else channels * space
+    if fused:
+        units = -(-(channels if kind == "planes" else columns) // block)
+    else:
+        units = parts * (channels if kind == "planes" else 1)
     run = {"rows": channels, "planes": space, "small": channels * space if block % 16 == 0 else 1}[kind]
     return Plan(
         kind, batch, channels, space, fused, parts, block,
-        worth_threads=1 + size // _PER_THREAD,
+        worth_threads=min(1 + size // _PER_THREAD, units),
         streams=size >= _beyond_cache() and run % 16 == 0,
         statistics=statistics,
         vector=torch.Size([channels]),
         moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
         gradient=torch.empty(channels, dtype=statistics, device="cpu"),
         strides=(channels * space, 1, channels) if kind == "rows" else (channels * space, space, 1),
+        share=1.0 / (batch * space),
     )  # fmt: skip
 
 
@@ -146,7 +153,7 @@ def _beyond_cache() -> int:
 
 
 # --- launching ---
-# `slots` below are what loops/slots.py names X, DY, OUT … FACTOR, in that order.
+# `slots` below are what loops/slots.py names X, DY, OUT … SHARE, in that order.
 
 
 def _shape_slots(plan: Plan) -> tuple[int, int, int, int, int, int]:
@@ -191,7 +198,7 @@ def forward(
     out = y.data_ptr()
     slots = (
         x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers, moments.data_ptr(), coefficients, partials,
-        0, 0, *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, factor,
+        0, 0, *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, factor, plan.share,
     )  # fmt: skip
     if plan.fused:
         alone = launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads())
@@ -227,7 +234,8 @@ def backward(
     out = _address(dx)
     slots = (
         x.data_ptr(), dy.data_ptr(), out, _address(weight), 0, 0, 0, 0, moments.data_ptr(), coefficients, partials,
-        _address(grad_weight), _address(grad_bias), *_shape_slots(plan), *strides, _streams(plan, out), eps, 0.0,
+        _address(grad_weight), _address(grad_bias), *_shape_slots(plan), *strides,
+        _streams(plan, out), eps, 0.0, plan.share,
     )  # fmt: skip
     if plan.fused:
         launch.run(f"{plan.kind}_backward", x.dtype, slots, plan.threads())
@@ -247,6 +255,7 @@ def evaluate(
     if plan.kind != "rows":  # runs in memory order, whatever the channels
         streams = plan.streams and plan.space % 16 == 0
         plan = plan._replace(kind="planes", parts=-(-plan.space // _LONG), block=_LONG, streams=streams)
+    plan = plan._replace(worth_threads=1 + x.numel() * x.element_size() // _PER_THREAD)
     y = torch.empty_like(x)
     memory = torch.empty(5, plan.channels, dtype=torch.float64, device="cpu")  # two moments, three coefficients
     memory[0], memory[1] = mean, var
@@ -254,7 +263,7 @@ def evaluate(
     moments, out = memory.data_ptr(), y.data_ptr()
     slots = (
         x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments, moments + 16 * plan.channels, 0, 0, 0,
-        *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, 0.0,
+        *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, 0.0, plan.share,
     )  # fmt: skip
     launch.run("prepare", x.dtype, slots, 1)
     launch.run(f"{plan.kind}_apply", x.dtype, slots, plan.threads())

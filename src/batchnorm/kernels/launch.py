@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-_SLOTS = struct.Struct("=23q2d")  # addresses and sizes, then eps and factor: X to FACTOR in loops/slots.py
+_SLOTS = struct.Struct("=23q3d")  # addresses and sizes, then three numbers: X to SHARE in loops/slots.py
 _TEAM = struct.Struct("=4q")  # this thread, all threads, and where to ask instead: THREAD to NUMBER_OF_THREADS
 
 _forked = False

@@ -19,6 +19,7 @@ from batchnorm.kernels.loops.slots import (
     PARTS,
     RUNNING_MEAN,
     RUNNING_VAR,
+    SHARE,
     SPACE,
     WEIGHT,
     X_CHANNEL,
@@ -38,11 +39,11 @@ def optional(address, index, dtype, default):
 
 
 @loop
-def write_moments(a, c, shift, s, q, count):
+def write_moments(a, c, shift, s, q):
     """Mean and biased variance of channel c, from the sums of d and d² around the shift."""
     moments = pointer(a[MOMENTS], f64)
-    m = s / count
-    var = q / count - m * m
+    m = s * real(a, SHARE)
+    var = q * real(a, SHARE) - m * m
     moments[c] = shift + m
     moments[a[CHANNELS] + c] = 0.0 if var < 0.0 else var
 
@@ -62,7 +63,7 @@ def forward_coefficients(a, c, param, acc):
 
 
 @loop
-def backward_coefficients(a, c, param, acc, s, t, count):
+def backward_coefficients(a, c, param, acc, s, t):
     """(mean, A, B, C) so that dx = A·dy + B·(x − mean) + C, and the gradients of weight and bias.
 
     s = Σdy and t = Σdy·(x − mean); Ioffe & Szegedy 2015, section 3, with x̂ written out.
@@ -75,9 +76,9 @@ def backward_coefficients(a, c, param, acc, s, t, count):
     if a[GRAD_BIAS] != 0:
         pointer(a[GRAD_BIAS], param)[c] = param(s)
     scale = optional(a[WEIGHT], c, param, 1.0) * inverse
-    slope = -scale * inverse * inverse * t / count
+    slope = -scale * inverse * inverse * t * real(a, SHARE)
     rounded = acc(mean)
-    return rounded, acc(scale), acc(slope), acc(-scale * s / count - slope * (mean - f64(rounded)))
+    return rounded, acc(scale), acc(slope), acc(-scale * s * real(a, SHARE) - slope * (mean - f64(rounded)))
 
 
 @body
@@ -130,9 +131,9 @@ def parts_added(a):
 def combine(a, thread, threads, stored, param, acc):
     """Add the parts' sums up into moments and forward coefficients."""
     x, k, sums = pointer(a[X], stored), pointer(a[COEFFICIENTS], acc), parts_added(a)
-    channels, count = a[CHANNELS], f64(a[BATCH] * a[SPACE])
+    channels = a[CHANNELS]
     for c in range(channels):
-        write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c], count)
+        write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c])
         k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)
     update_running(a, thread, threads, stored, param, acc)
 
@@ -141,9 +142,9 @@ def combine(a, thread, threads, stored, param, acc):
 def backward_combine(a, thread, threads, stored, param, acc):
     """Add the parts' sums up into the gradients of weight and bias and the backward coefficients."""
     k, sums = pointer(a[COEFFICIENTS], acc), parts_added(a)
-    channels, count = a[CHANNELS], f64(a[BATCH] * a[SPACE])
+    channels = a[CHANNELS]
     for c in range(channels):
-        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c], count)
+        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c])
         k[c], k[channels + c], k[2 * channels + c], k[3 * channels + c] = mean, ca, cb, cc
 
 

@@ -263,7 +263,7 @@ def columns_forward(a, thread, threads, stored, param, acc, rows_of_channels):
         block_sums(offset(x, start), rows, columns, width, shift, s, q)
         for j in range(0, width, span):
             c = (start + j) // span
-            write_moments(a, c, f64(shift[j]), sum_of(s, j, span), sum_of(q, j, span), f64(rows * span))
+            write_moments(a, c, f64(shift[j]), sum_of(s, j, span), sum_of(q, j, span))
             mean, scale, bias = forward_coefficients(a, c, param, acc)
             fill(k, j, span, mean)
             fill(k, COLUMNS + j, span, scale)
@@ -294,7 +294,7 @@ def columns_backward(a, thread, threads, stored, param, acc, rows_of_channels):
             c = (start + j) // span
             sums = sum_of(s, j, span)
             products = sum_of(t, j, span) + (f64(k[j]) - exact[c]) * sums
-            _, ca, cb, cc = backward_coefficients(a, c, param, acc, sums, products, f64(rows * span))
+            _, ca, cb, cc = backward_coefficients(a, c, param, acc, sums, products)
             fill(k, COLUMNS + j, span, ca)
             fill(k, 2 * COLUMNS + j, span, cb)
             fill(k, 3 * COLUMNS + j, span, cc)

@@ -259,7 +259,7 @@ def planes_forward(a, thread, threads, stored, param, acc):
         else:
             group_sums(a, x, c, width, origin, shift, s, q, acc)
         for j in range(width):
-            write_moments(a, c + j, origin[j], s[j], q[j], f64(batch * space))
+            write_moments(a, c + j, origin[j], s[j], q[j])
             k[j], k[GROUP + j], k[2 * GROUP + j] = forward_coefficients(a, c + j, param, acc)
         for n in range(batch - 1, -1, -1):
             for j in range(width):
@@ -284,7 +284,7 @@ def planes_backward(a, thread, threads, stored, param, acc):
         width = min(a[BLOCK], channels - c)
         group_backward_sums(a, x, dy, c, width, 0, space, s, t, acc)
         for j in range(width):
-            coefficients = backward_coefficients(a, c + j, param, acc, s[j], t[j], f64(batch * space))
+            coefficients = backward_coefficients(a, c + j, param, acc, s[j], t[j])
             k[j], k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j] = coefficients
         if a[OUT] != 0:
             for n in range(batch - 1, -1, -1):
