@@ -36,7 +36,9 @@ def rows(x):
 def assert_same(a, b, rtol=1e-9):
     """Equal, each measured by what its rounding is relative to: the mean by its own size, m2 by that of the spread."""
     torch.testing.assert_close(a.count, b.count, rtol=0, atol=0)
-    torch.testing.assert_close(a.mean, b.mean, rtol=1e-13, atol=1e-13 * float(1 + b.mean.abs().max()))
+    # Means of opposite sign may cancel: what rounding costs is relative to the size of the values, not of their mean.
+    size = (b.mean.square() + b.biased_variance).sqrt().max()
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-13, atol=1e-14 * float(1 + size))
     # A mean that is off by one part in 1e16 shifts m2 by count * (1e-16 * mean)^2.
     torch.testing.assert_close(a.m2, b.m2, rtol=rtol, atol=1e-28 * float((b.count * b.mean**2).max()))
 
