@@ -287,13 +287,14 @@ def _readable(dy: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, tuple[int, int
 
 def _step(dy: Tensor) -> int | None:
     """The one stride that walks through all of dy's space in order, if there is one."""
-    step = following = 0
+    step: int | None = None
+    following = 0
     for size, stride in zip(reversed(dy.shape[2:]), reversed(dy.stride()[2:]), strict=True):
         if size == 1:
             continue
-        if following == 0 and step == 0:
+        if step is None:
             step = stride
         elif stride != following:
             return None
         following = stride * size
-    return step
+    return step or 0
