@@ -137,7 +137,8 @@ def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> 
     rows = batch * space
     if rows * min(_COLUMNS, channels) * itemsize <= _SLAB:
         return True, 0, _COLUMNS
-    block = max(_SLAB // (channels * itemsize), -(-rows // 32), 8)
+    parts = max(4, min(32, rows * itemsize // 256))  # their sums, 16 bytes a channel and part, stay a small share
+    block = max(_SLAB // (channels * itemsize), -(-rows // parts), 8)
     block = -(-block // 8) * 8
     return False, -(-rows // block), block
 
@@ -201,13 +202,9 @@ def forward(
         0, 0, *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, factor, plan.share,
     )  # fmt: skip
     if plan.fused:
-        alone = launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads())
-        if running is not None and not alone:
-            launch.run("update_running", x.dtype, slots, 1)
+        launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads(), stages=2)
     else:
-        launch.run(f"{plan.kind}_reduce", x.dtype, slots, plan.threads())
-        launch.run("combine", x.dtype, slots, 1)
-        launch.run(f"{plan.kind}_apply", x.dtype, slots, plan.threads())
+        launch.run(f"{plan.kind}_split_forward", x.dtype, slots, plan.threads(), stages=3)
     del memory  # alive until here
     return y, moments
 
@@ -240,10 +237,7 @@ def backward(
     if plan.fused:
         launch.run(f"{plan.kind}_backward", x.dtype, slots, plan.threads())
     else:
-        launch.run(f"{plan.kind}_backward_reduce", x.dtype, slots, plan.threads())
-        launch.run("backward_combine", x.dtype, slots, 1)
-        if dx is not None:
-            launch.run(f"{plan.kind}_backward_apply", x.dtype, slots, plan.threads())
+        launch.run(f"{plan.kind}_split_backward", x.dtype, slots, plan.threads(), stages=3)
     del memory
     return Gradients(dx, grad_weight, grad_bias)
 

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 _SLOTS = struct.Struct("=23q3d")  # addresses and sizes, then three numbers: X to SHARE in loops/slots.py
-_TEAM = struct.Struct("=4q")  # this thread, all threads, and where to ask instead: THREAD to NUMBER_OF_THREADS
+_TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGE
+_EVERY = -1  # stage: all of them
 
 _forked = False
 
@@ -50,7 +51,8 @@ class _OpenMP:
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
         ask = (library.omp_get_thread_num, library.omp_get_num_threads)
-        self.team = _TEAM.pack(-1, 0, *(ctypes.cast(function, ctypes.c_void_p).value for function in ask))
+        known = (*ask, library.GOMP_barrier)
+        self.team = _TEAM.pack(-1, 0, *(ctypes.cast(function, ctypes.c_void_p).value for function in known), _EVERY)
 
 
 @cache
@@ -62,7 +64,7 @@ def openmp() -> _OpenMP | None:
         return None
 
 
-_SERIAL = _TEAM.pack(0, 1, 0, 0)
+_SERIAL = _TEAM.pack(0, 1, 0, 0, 0, _EVERY)
 
 
 @cache
@@ -70,26 +72,27 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="batchnorm")
 
 
-def run(name: str, dtype: torch.dtype, slots: tuple[Any, ...], threads: int) -> bool:
+def run(name: str, dtype: torch.dtype, slots: tuple[Any, ...], threads: int, stages: int = 1) -> None:
     """Call the loop of that name with its slots on up to `threads` threads and wait for all of them.
 
-    Returns whether it ran on this thread alone.
+    Args:
+        stages: how many the loop has. Each begins when all threads have ended the one before.
     """
     kernel = _kernels.get((name, dtype)) or _compiled(name, dtype)
     arguments = _SLOTS.pack(*slots)
     if threads <= 1 or _forked:
         kernel.call(arguments + _SERIAL)
-        return True
+        return
     omp = openmp()
     if omp is not None:
         omp.parallel(kernel.address, arguments + omp.team, threads, 0)
-        return False
-    shares = [arguments + _TEAM.pack(i, threads, 0, 0) for i in range(threads)]
-    others = [_python_threads().submit(kernel.call, share) for share in shares[1:]]
-    kernel.call(shares[0])
-    for other in others:
-        other.result()
-    return False
+        return
+    for stage in range(stages):
+        shares = [arguments + _TEAM.pack(i, threads, 0, 0, 0, stage) for i in range(threads)]
+        others = [_python_threads().submit(kernel.call, share) for share in shares[1:]]
+        kernel.call(shares[0])
+        for other in others:
+            other.result()
 
 
 class Kernel:

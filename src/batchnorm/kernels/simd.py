@@ -397,3 +397,14 @@ def call_int(typingctx: Any, address: Any) -> Any:
         return builder.sext(builder.call(function, []), ir.IntType(64))
 
     return types.int64(types.intp), codegen
+
+
+@intrinsic
+def call_void(typingctx: Any, address: Any) -> Any:
+    """Call `void f(void)` at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen

@@ -25,10 +25,13 @@ from batchnorm.kernels.loops.slots import (
     X_CHANNEL,
     X,
     body,
+    due,
     f64,
     i64,
     loop,
+    meet,
     real,
+    share,
 )
 from batchnorm.kernels.simd import load, offset, pointer, store
 
@@ -109,41 +112,53 @@ def update_running(a, thread, threads, stored, param, acc):
         var[c] = param((1.0 - factor) * f64(var[c]) + factor * moments[channels + c] * unbiased)
 
 
-# --- between two separate passes: one thread
+@loop
+def finish(a, stage, thread, threads, stored, param, acc):
+    """The last stage of a forward: one thread moves the running statistics, once all moments are there."""
+    if a[RUNNING_MEAN] != 0 or a[COUNTER] != 0:
+        meet(a)
+        if due(a, stage) and thread == 0:
+            update_running(a, thread, threads, stored, param, acc)
+
+
+# --- between two separate passes
 
 
 @loop
-def parts_added(a):
-    """The two sums of every channel, over all parts: added up, in order, into the first part's memory."""
-    sums, size = pointer(a[PARTIALS], f64), 2 * a[CHANNELS]
+def parts_added(a, first, last):
+    """The two sums of channels first..last, over all parts: added up, in order, into the first part's memory."""
+    sums, channels = pointer(a[PARTIALS], f64), a[CHANNELS]
     for p in range(1, a[PARTS]):
-        part, i = offset(sums, p * size), 0
-        while i + 8 <= size:
-            store(sums, i, load(sums, i, 8) + load(part, i, 8))
-            i += 8
-        while i < size:
-            sums[i] += part[i]
-            i += 1
+        for which in range(2):
+            into, part = offset(sums, which * channels), offset(sums, (2 * p + which) * channels)
+            i = first
+            while i + 8 <= last:
+                store(into, i, load(into, i, 8) + load(part, i, 8))
+                i += 8
+            while i < last:
+                into[i] += part[i]
+                i += 1
     return sums
 
 
-@body
+@loop
 def combine(a, thread, threads, stored, param, acc):
-    """Add the parts' sums up into moments and forward coefficients."""
-    x, k, sums = pointer(a[X], stored), pointer(a[COEFFICIENTS], acc), parts_added(a)
-    channels = a[CHANNELS]
-    for c in range(channels):
+    """Add the parts' sums of this thread's channels up into moments and forward coefficients."""
+    x, k, channels = pointer(a[X], stored), pointer(a[COEFFICIENTS], acc), a[CHANNELS]
+    first, last = share(channels, thread, threads)
+    sums = parts_added(a, first, last)
+    for c in range(first, last):
         write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c])
         k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)
-    update_running(a, thread, threads, stored, param, acc)
 
 
-@body
+@loop
 def backward_combine(a, thread, threads, stored, param, acc):
-    """Add the parts' sums up into the gradients of weight and bias and the backward coefficients."""
-    k, sums = pointer(a[COEFFICIENTS], acc), parts_added(a)
-    channels = a[CHANNELS]
-    for c in range(channels):
+    """Add the parts' sums of this thread's channels up into gradients of weight and bias and backward coefficients."""
+    k, channels = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
+    first, last = share(channels, thread, threads)
+    sums = parts_added(a, first, last)
+    for c in range(first, last):
         mean, ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c])
         k[c], k[channels + c], k[2 * channels + c], k[3 * channels + c] = mean, ca, cb, cc
 

@@ -5,7 +5,14 @@ A block of columns keeps its sums or coefficients in first-level cache while row
 
 from __future__ import annotations
 
-from batchnorm.kernels.loops.channels import backward_coefficients, forward_coefficients, update_running, write_moments
+from batchnorm.kernels.loops.channels import (
+    backward_coefficients,
+    backward_combine,
+    combine,
+    finish,
+    forward_coefficients,
+    write_moments,
+)
 from batchnorm.kernels.loops.slots import (
     BATCH,
     BLOCK,
@@ -23,13 +30,14 @@ from batchnorm.kernels.loops.slots import (
     SPACE,
     STREAM,
     STRETCH,
-    THREADS,
     X_CHANNEL,
     X,
     body,
+    due,
     f64,
     lanewise,
     loop,
+    meet,
     share,
 )
 from batchnorm.kernels.simd import (
@@ -271,8 +279,6 @@ def columns_forward(a, thread, threads, stored, param, acc, rows_of_channels):
         block_apply(offset(x, start), offset(y, start), rows, columns, width, k, COLUMNS, streaming)
     if streaming:
         fence()
-    if a[THREADS] == 1:
-        update_running(a, thread, threads, stored, param, acc)
 
 
 @loop
@@ -318,7 +324,9 @@ def columns_backward(a, thread, threads, stored, param, acc, rows_of_channels):
 
 @body
 def rows_forward(a, thread, threads, stored, param, acc):
-    columns_forward(a, thread, threads, stored, param, acc, True)
+    if due(a, 0):
+        columns_forward(a, thread, threads, stored, param, acc, True)
+    finish(a, 1, thread, threads, stored, param, acc)
 
 
 @body
@@ -328,7 +336,9 @@ def rows_backward(a, thread, threads, stored, param, acc):
 
 @body
 def small_forward(a, thread, threads, stored, param, acc):
-    columns_forward(a, thread, threads, stored, param, acc, False)
+    if due(a, 0):
+        columns_forward(a, thread, threads, stored, param, acc, False)
+    finish(a, 1, thread, threads, stored, param, acc)
 
 
 @body
@@ -378,8 +388,7 @@ def rows_backward_reduce(a, thread, threads, stored, param, acc):
 
 
 # The second pass takes the rows a stretch at a time, the last stretch first: it is still in cache. (Row by row
-# backwards would
-# defeat the processor's prefetching.)
+# backwards would defeat the processor's prefetching.)
 
 
 @body
@@ -410,3 +419,31 @@ def rows_backward_apply(a, thread, threads, stored, param, acc):
         end = start
     if streaming:
         fence()
+
+
+# One launch for two separate passes and what lies between them.
+
+
+@body
+def rows_split_forward(a, thread, threads, stored, param, acc):
+    if due(a, 0):
+        rows_reduce(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 1):
+        combine(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 2):
+        rows_apply(a, thread, threads, stored, param, acc)
+    finish(a, 2, thread, threads, stored, param, acc)
+
+
+@body
+def rows_split_backward(a, thread, threads, stored, param, acc):
+    if due(a, 0):
+        rows_backward_reduce(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 1):
+        backward_combine(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 2) and a[OUT] != 0:
+        rows_backward_apply(a, thread, threads, stored, param, acc)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from batchnorm.kernels.loops.channels import backward_coefficients, forward_coefficients, update_running, write_moments
+from batchnorm.kernels.loops.channels import (
+    backward_coefficients,
+    backward_combine,
+    combine,
+    finish,
+    forward_coefficients,
+    write_moments,
+)
 from batchnorm.kernels.loops.slots import (
     BATCH,
     BLOCK,
@@ -20,13 +27,14 @@ from batchnorm.kernels.loops.slots import (
     PARTS,
     SPACE,
     STREAM,
-    THREADS,
     THREE_GROUPS,
     VALUES,
     X,
     body,
+    due,
     f64,
     loop,
+    meet,
     share,
 )
 from batchnorm.kernels.simd import (
@@ -245,6 +253,13 @@ def run_backward_apply(x, dy, step, dx, n, mean, a, b, c, streaming):
 
 @body
 def planes_forward(a, thread, threads, stored, param, acc):
+    if due(a, 0):
+        both_passes(a, thread, threads, stored, param, acc)
+    finish(a, 1, thread, threads, stored, param, acc)
+
+
+@loop
+def both_passes(a, thread, threads, stored, param, acc):
     """Both passes over this thread's groups of BLOCK channels; the second backwards, from the warm end of the cache."""
     x, y = pointer(a[X], stored), pointer(a[OUT], stored)
     batch, channels, space, streaming = a[BATCH], a[CHANNELS], a[SPACE], a[STREAM] != 0
@@ -267,8 +282,6 @@ def planes_forward(a, thread, threads, stored, param, acc):
                 run_apply(offset(x, at), offset(y, at), space, k[j], k[GROUP + j], k[2 * GROUP + j], streaming)
     if streaming:
         fence()
-    if a[THREADS] == 1:  # saves a second call; with more threads the launcher waits for all of them first
-        update_running(a, thread, threads, stored, param, acc)
 
 
 @body
@@ -355,3 +368,31 @@ def planes_backward_apply(a, thread, threads, stored, param, acc):
         run_backward_apply(offset(x, at), g, a[DY_SPACE], offset(dx, at), length, mean, ca, cb, cc, streaming)
     if streaming:
         fence()
+
+
+# One launch for two separate passes and what lies between them.
+
+
+@body
+def planes_split_forward(a, thread, threads, stored, param, acc):
+    if due(a, 0):
+        planes_reduce(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 1):
+        combine(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 2):
+        planes_apply(a, thread, threads, stored, param, acc)
+    finish(a, 2, thread, threads, stored, param, acc)
+
+
+@body
+def planes_split_backward(a, thread, threads, stored, param, acc):
+    if due(a, 0):
+        planes_backward_reduce(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 1):
+        backward_combine(a, thread, threads, stored, param, acc)
+    meet(a)
+    if due(a, 2) and a[OUT] != 0:
+        planes_backward_apply(a, thread, threads, stored, param, acc)

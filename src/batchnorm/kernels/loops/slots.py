@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 from numba import types
 
-from batchnorm.kernels.simd import call_int, reinterpret
+from batchnorm.kernels.simd import call_int, call_void, reinterpret
 
 f32, f64 = types.float32, types.float64
 i64 = types.int64
@@ -15,8 +15,8 @@ i64 = types.int64
     X, DY, OUT, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, COUNTER, MOMENTS, COEFFICIENTS, PARTIALS,
     GRAD_WEIGHT, GRAD_BIAS,
     BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM, EPS, FACTOR, SHARE,
-    THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS,
-) = range(30)  # fmt: skip
+    THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGE,
+) = range(32)  # fmt: skip
 
 COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
 FOUR_COLUMNS = 4 * COLUMNS
@@ -42,6 +42,19 @@ def who(a):
     if a[THREAD] >= 0:
         return a[THREAD], a[THREADS]
     return call_int(a[THREAD_NUMBER]), call_int(a[NUMBER_OF_THREADS])
+
+
+@loop
+def due(a, stage):
+    """Whether this call is to do that stage: all of them in turn, or one where threads cannot meet in between."""
+    return a[STAGE] < 0 or a[STAGE] == stage
+
+
+@loop
+def meet(a):
+    """Wait for the other threads to come here: the next stage reads what all of them wrote."""
+    if a[BARRIER] != 0:
+        call_void(a[BARRIER])
 
 
 @loop
