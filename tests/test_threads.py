@@ -55,7 +55,7 @@ def test_results_are_the_same_for_any_number_of_threads(
 ) -> None:
     asked: set[int] = set()
     run = launch.run
-    monkeypatch.setattr(launch, "run", lambda *args: asked.add(args[-1]) or run(*args))
+    monkeypatch.setattr(launch, "run", lambda *args, **rest: asked.add(args[3]) or run(*args, **rest))
     results = []
     for count in (1, 2, 3):
         threads(count)
