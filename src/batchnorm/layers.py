@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import UninitializedBuffer
 
+from batchnorm.activations import Activation, activation_of, module_of
 from batchnorm.functional import batch_norm
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
@@ -25,20 +26,40 @@ _STATISTICS = ("running_mean", "running_var")
 class _Ours(_Base):
     """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C, *space)``; with the batch's moments in training, with the running statistics otherwise."""
+    # Also what layers have that were pickled, or came from torch.nn, without them.
+    activation: Activation | None = None
+    inplace: bool = False
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalize ``(N, C, *space)``, add the residual, apply the activation.
+
+        It normalizes with the batch's moments in training, with the running statistics otherwise.
+        """
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
             tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+            given = (input,) if residual is None else (input, residual)
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
         self._check_input_dim(input)
         weight, bias = _look_up(self, self._parameters, "weight"), _look_up(self, self._parameters, "bias")
         mean, var = _look_up(self, self._buffers, "running_mean"), _look_up(self, self._buffers, "running_var")
-        if not self.training:
-            return batch_norm(input, mean, var, weight, bias, mean is None and var is None, self.momentum, self.eps)
-        if not self.track_running_stats:
-            return batch_norm(input, None, None, weight, bias, True, self.momentum, self.eps)
-        batches = _look_up(self, self._buffers, "num_batches_tracked")
-        return batch_norm(input, mean, var, weight, bias, True, self.momentum, self.eps, num_batches_tracked=batches)
+        batches = None
+        training = self.training or (mean is None and var is None)
+        if training and not (self.training and self.track_running_stats):
+            mean = var = None
+        elif training:
+            batches = _look_up(self, self._buffers, "num_batches_tracked")
+        return batch_norm(
+            input, mean, var, weight, bias, training, self.momentum, self.eps, num_batches_tracked=batches,
+            activation=self.activation, residual=residual, inplace=self.inplace,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Say what torch's layer says, and what is fused."""
+        said: str = super().extra_repr()
+        if self.activation is not None:
+            name, parameter = self.activation
+            said += f", activation={name}" + (f"({parameter:g})" if name in ("leaky_relu", "elu") else "")
+        return said + (", inplace=True" if self.inplace else "")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""
@@ -48,8 +69,9 @@ class _Ours(_Base):
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Give TorchScript, which cannot compile this layer, the layer of ``torch.nn`` with the same tensors."""
-        return _torch_twin(self)
+        """Give TorchScript, which cannot compile this layer, what does the same in ``torch.nn``, with its tensors."""
+        twin = _torch_twin(self)
+        return twin if self.activation is None else nn.Sequential(twin, module_of(self.activation))
 
 
 def _look_up(layer: nn.Module, tensors: dict[str, Any], name: str) -> Tensor | None:
@@ -84,7 +106,7 @@ def _torch_twin(layer: nn.Module) -> nn.Module:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     kind = next(kind for kind in kinds if isinstance(layer, kind))
     twin: nn.Module = kind.__new__(kind)
-    twin.__dict__.update(layer.__dict__)
+    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("activation", "inplace")})
     return twin
 
 
@@ -98,12 +120,16 @@ class _BatchNorm(_Ours, nn.modules.batchnorm._BatchNorm):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        activation: Any = None,
+        inplace: bool = False,
         **bias: bool,
     ) -> None:
         if num_features <= 0:
             raise ValueError(f"num_features must be at least 1, got {num_features}: it counts the channels")
         _check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
+        self.activation, self.inplace = activation_of(activation), inplace
         _widen(self)
 
 
@@ -117,6 +143,10 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         affine: learn a weight and a bias per channel.
         track_running_stats: keep running statistics for evaluation; without them, evaluation uses the batch's too.
         device, dtype, bias: as in ``torch.nn``; running statistics stay float32 or wider whatever ``dtype`` says.
+        activation: what follows, computed in the same pass: a name such as "relu" or ``("leaky_relu", 0.2)``, or
+            torch's function or module. Called with a residual, ``layer(x, skip)``, it gives
+            ``activation(normalized + skip)``.
+        inplace: let the result overwrite the input; see ``batchnorm.functional.batch_norm`` for when that is possible.
 
     Raises:
         ValueError: input of other dimensions, one value per channel in training.
@@ -149,11 +179,15 @@ class _LazyBatchNorm(_Ours):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        activation: Any = None,
+        inplace: bool = False,
         **bias: bool,
     ) -> None:
         _check_momentum(momentum)
         arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)  # num_features is yet unknown
         super().__init__(*arguments, **bias)
+        self.activation, self.inplace = activation_of(activation), inplace
         _widen(self)
 
 

@@ -11,32 +11,34 @@ from typing import Any
 import numba
 import torch
 
-from batchnorm.kernels.loops import channels, columns, planes
+from batchnorm.kernels.form import Form
+from batchnorm.kernels.loops import activations, columns, planes
 from batchnorm.kernels.loops.slots import who
 from batchnorm.kernels.simd import pointer
 
-work: Any = None  # these four are set for each function that `compiled` makes
-stored = param = acc = work
+work: Any = None  # these five are set for each function that `compiled` makes
+stored = param = acc = form = work
 _STORED = {torch.float32: numba.float32, torch.float64: numba.float64, torch.bfloat16: numba.uint16}
 
 
 def _entry(slots: Any) -> None:
     a = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
     thread, threads = who(a)
-    work(a, thread, threads, stored, param, acc)
+    work(a, thread, threads, stored, param, acc, form)
 
 
-def compiled(name: str, dtype: torch.dtype) -> Any:
+def compiled(name: str, dtype: torch.dtype, form: Form) -> Any:
     """A C function around one loop.
 
     The function is a copy of `_entry` with its own globals. Numba finds cached code by qualified name and the age of
-    this file alone, so the name carries the loop, the dtype and a digest of the sources that are compiled in.
+    this file alone, so the name carries the loop, the dtype, the form and a digest of the sources that are compiled in.
     """
     acc = numba.float64 if dtype == torch.float64 else numba.float32
-    work = next(getattr(module, name) for module in (planes, columns, channels) if hasattr(module, name))
-    names = {"work": work, "stored": _STORED[dtype], "param": acc, "acc": acc}
+    work = next(getattr(module, name) for module in (planes, columns) if hasattr(module, name))
+    names = {"work": work, "stored": _STORED[dtype], "param": acc, "acc": acc, "form": activations.compiled(form)}
     entry = python_types.FunctionType(_entry.__code__, {**globals(), **names}, name)
-    entry.__qualname__ = f"{name}_{str(dtype).removeprefix('torch.')}_{_digest()}"
+    how = "_".join(str(part) for part in (name, *form, _digest()))
+    entry.__qualname__ = f"{str(dtype).removeprefix('torch.')}_{how}"
     entry.__module__ = __name__
     signature = numba.void(numba.intp)
     try:
@@ -51,5 +53,5 @@ def compiled(name: str, dtype: torch.dtype) -> Any:
 @cache
 def _digest() -> str:
     here = Path(__file__).parent
-    sources = [here / "simd.py", here / "compile.py", *sorted((here / "loops").glob("*.py"))]
+    sources = [here / "simd.py", here / "elementary.py", here / "compile.py", *sorted((here / "loops").glob("*.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.activations import Activation
 from batchnorm.kernels import launch
+from batchnorm.kernels.form import PLAIN, Form
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
@@ -39,15 +41,27 @@ class Plan(NamedTuple):
     block: int
     worth_threads: int
     streams: bool  # the output is large and regular enough to be written around the caches
+    dtype: torch.dtype
     statistics: torch.dtype  # of weight, bias, running statistics and their gradients
     vector: torch.Size  # theirs
     moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
     gradient: Tensor
     strides: tuple[int, int, int]  # over batch, channels and space
     share: float  # of one value in its channel: 1 / (batch · space)
+    row_bits: int  # of a run's or row's mask
+    sizes: tuple[int, int, int, int, int, int, int]  # as the loops' slots BITS_ROW to BLOCK want them
+    layout: tuple[torch.Size, tuple[int, ...]]  # shape and strides of the tensor
 
     def threads(self) -> int:
         return 1 if self.worth_threads == 1 else min(torch.get_num_threads(), self.worth_threads)
+
+    def kernel(self, direction: str, form: Form = PLAIN) -> launch.Kernel:
+        return launch.kernel(f"{self.kind}_{'' if self.fused else 'split_'}{direction}", self.dtype, form)
+
+    def bits(self) -> Tensor:
+        """Memory for a mask of the tensor, not filled."""
+        lines = self.batch * {"planes": self.channels, "rows": self.space, "small": 1}[self.kind]
+        return torch.empty(lines * self.row_bits // 8, dtype=torch.uint8, device="cpu")
 
 
 class Running(NamedTuple):
@@ -59,20 +73,31 @@ class Running(NamedTuple):
     factor: float = 0.0
 
 
+class Fused(NamedTuple):
+    """What goes along with a normalization, in a forward and in its backward."""
+
+    activation: Activation | None = None
+    residual: Tensor | None = None  # laid out like x
+    bits: Tensor | None = None  # the mask: written by the forward, read by the backward
+    inplace: bool = False  # y takes x's place
+
+
 class Gradients(NamedTuple):
-    """Of x, weight and bias; None where not wanted."""
+    """Of x, weight, bias and residual; None where not wanted."""
 
     x: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    residual: Tensor | None = None
 
 
-def laid_out(x: Tensor) -> tuple[Tensor, Plan]:
+def laid_out(x: Tensor, given: bool = False) -> tuple[Tensor, Plan]:
     """x itself where the loops can read it, else a copy that they can (autograd sees it made); and the plan for it."""
-    found = plan(x.shape, x.stride(), x.dtype)
+    planned = given_plan if given else plan
+    found = planned(x.shape, x.stride(), x.dtype)
     if found is None:
         x = x.contiguous()
-        found = plan(x.shape, x.stride(), x.dtype)
+        found = planned(x.shape, x.stride(), x.dtype)
         assert found is not None, "contiguous tensors can always be read"
     return x, found
 
@@ -86,11 +111,31 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
     if dtype not in DTYPES or not 2 <= len(shape) <= 5 or shape.numel() <= shape[1]:
         return None
     seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
+    return None if seen is None else _planned((shape, strides), dtype, seen, *_divide(*seen, dtype.itemsize))
+
+
+@lru_cache(maxsize=4096)
+def given_plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
+    """The same with given moments: no channel needs to stay in cache, and runs go in memory order."""
+    seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
     if seen is None:
         return None
     kind, batch, channels, space = seen
+    if kind == "rows":
+        return _planned((shape, strides), dtype, seen, False, *_cut_rows(batch * space, channels, dtype.itemsize))
+    return _planned((shape, strides), dtype, ("planes", batch, channels, space), False, *_cut_planes(space))
+
+
+def _planned(
+    layout: tuple[torch.Size, tuple[int, ...]],
+    dtype: torch.dtype,
+    seen: tuple[str, int, int, int],
+    fused: bool,
+    parts: int,
+    block: int,
+) -> Plan:
+    kind, batch, channels, space = seen
     size = batch * channels * space * dtype.itemsize
-    fused, parts, block = _divide(kind, batch, channels, space, dtype.itemsize)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     columns = channels if kind == "rows" else channels * space
     if fused:
@@ -98,17 +143,32 @@ def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Pla
     else:
         units = parts * (channels if kind == "planes" else 1)
     run = {"rows": channels, "planes": space, "small": channels * space if block % 16 == 0 else 1}[kind]
+    strides = (channels * space, 1, channels) if kind == "rows" else (channels * space, space, 1)
+    if kind == "planes":
+        row_bits = _whole_bytes(space)
+    elif fused:
+        row_bits = units * _whole_bytes(min(block, columns))
+    else:
+        row_bits = _whole_bytes(columns)
     return Plan(
         kind, batch, channels, space, fused, parts, block,
         worth_threads=min(1 + size // _PER_THREAD, units),
         streams=size >= _beyond_cache() and run % 16 == 0,
+        dtype=dtype,
         statistics=statistics,
         vector=torch.Size([channels]),
         moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
         gradient=torch.empty(channels, dtype=statistics, device="cpu"),
-        strides=(channels * space, 1, channels) if kind == "rows" else (channels * space, space, 1),
+        strides=strides,
         share=1.0 / (batch * space),
+        row_bits=row_bits,
+        sizes=(row_bits, batch, channels, space, strides[1], parts, block),
+        layout=layout,
     )  # fmt: skip
+
+
+def _whole_bytes(bits: int) -> int:
+    return -(-bits // 8) * 8
 
 
 def _view(x: Tensor) -> tuple[str, int, int, int] | None:
@@ -131,16 +191,26 @@ def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> 
         if channels >= 8 or batch * channels * space * itemsize <= _SLAB:
             fits = _SLAB // (batch * space * itemsize)
             return True, 0, max(1, min(_GROUP, fits, channels // 16))
-        return False, -(-space // _LONG), _LONG
+        return False, *_cut_planes(space)
     if kind == "small":
         return True, 0, _COLUMNS // space * space
     rows = batch * space
     if rows * min(_COLUMNS, channels) * itemsize <= _SLAB:
         return True, 0, _COLUMNS
+    return False, *_cut_rows(rows, channels, itemsize)
+
+
+def _cut_planes(space: int) -> tuple[int, int]:
+    """(parts, block)."""
+    return -(-space // _LONG), _LONG
+
+
+def _cut_rows(rows: int, channels: int, itemsize: int) -> tuple[int, int]:
+    """(parts, block)."""
     parts = max(4, min(32, rows * itemsize // 256))  # their sums, 16 bytes a channel and part, stay a small share
     block = max(_SLAB // (channels * itemsize), -(-rows // parts), 8)
     block = -(-block // 8) * 8
-    return False, -(-rows // block), block
+    return -(-rows // block), block
 
 
 @cache
@@ -154,27 +224,129 @@ def _beyond_cache() -> int:
 
 
 # --- launching ---
-# `slots` below are what loops/slots.py names X, DY, OUT … SHARE, in that order.
+# What is packed below are the slots that loops/slots.py names X, DY, OUT … PARAMETER, in that order.
 
 
-def _shape_slots(plan: Plan) -> tuple[int, int, int, int, int, int]:
-    """BATCH to BLOCK."""
-    return plan.batch, plan.channels, plan.space, plan.strides[1], plan.parts, plan.block
+def forward(
+    x: Tensor,
+    plan: Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    eps: float,
+    fused: Fused | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalize with the batch's own moments, and what is fused with it.
+
+    Args:
+        x: laid out so that ``plan`` is its plan.
+        weight, bias: ``(C,)`` or None, contiguous, in the plan's dtype of statistics; so are the running statistics.
+
+    Returns:
+        y, and the moments (2, C): mean and biased variance, float64.
+    """
+    moments = torch.empty_like(plan.moments)
+    mean = var = batches = 0
+    factor = 0.0
+    if running is not None:
+        mean, var, batches = _address(running.mean), _address(running.var), _address(running.batches)
+        factor = running.factor
+    memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
+    if fused is None:
+        y, form, residual, bits, parameter = torch.empty_like(x), PLAIN, 0, 0, 0.0
+    else:
+        y = x if fused.inplace else torch.empty_like(x)
+        form, residual, bits, parameter = _form(fused)
+    out = y.data_ptr()
+    slots = launch.pack(
+        x.data_ptr(), 0, out, _address(weight), _address(bias), mean, var, batches, moments.data_ptr(),
+        coefficients, partials, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
+        plan.streams and out % 64 == 0, eps, factor, plan.share, parameter,
+    )  # fmt: skip
+    plan.kernel("forward", form)(slots, plan.threads(), 2 if plan.fused else 4)
+    del memory  # alive until here
+    return y, moments
+
+
+def evaluate(
+    x: Tensor, plan: Plan, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fused: Fused
+) -> Tensor:
+    """Normalize with given moments (2, C), float64; ``plan`` is a ``given_plan``; the rest as for ``forward``."""
+    y = x if fused.inplace else torch.empty_like(x)
+    memory, _, coefficients = _between_passes(plan, 3)
+    form, residual, bits, parameter = _form(fused)
+    out = y.data_ptr()
+    slots = launch.pack(
+        x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
+        coefficients, 0, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
+        plan.streams and out % 64 == 0, eps, 0.0, 0.0, parameter,
+    )  # fmt: skip
+    threads = min(torch.get_num_threads(), 1 + x.numel() * x.element_size() // _PER_THREAD)
+    launch.kernel(f"{plan.kind}_evaluate", plan.dtype, form)(slots, threads, 2)
+    del memory
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    plan: Plan,
+    weight: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    wanted: tuple[bool, bool, bool],
+    fused: Fused | None = None,
+    bias: Tensor | None = None,
+    residual_wanted: bool = False,
+    given: bool = False,
+) -> Gradients:
+    """Gradients of x, weight and bias, each only if wanted; through the batch's moments unless they were given.
+
+    Args:
+        x: what the forward normalized; y, where that took x's place; None where moments were given and nothing else
+            depends on it.
+        bias: only ``fused`` work needs it.
+        residual_wanted: give the gradient of a residual that an activation followed, too.
+        given: ``plan`` is a ``given_plan``.
+    """
+    if x is None:
+        x = torch.empty_strided(*plan.layout, dtype=plan.dtype, device="cpu")
+    if dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
+        dy, strides = _readable(dy, x, plan)
+        if plan.kind == "small" and strides[1:] != (plan.space, 1):  # a sample of dy is no row of columns
+            if fused is not None and fused.bits is not None:  # which are laid out as this plan has it
+                dy, strides = torch.empty_like(x).copy_(dy), plan.strides
+            else:
+                plan = _planned(plan.layout, plan.dtype, ("planes", *plan[1:4]), True, 0, 1)
+    else:
+        strides = plan.strides
+    dx = torch.empty_like(x) if wanted[0] or residual_wanted else None
+    grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
+    grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
+    grad_residual = torch.empty_like(x) if residual_wanted else None
+    memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 5)
+    form, residual, bits, parameter = (PLAIN, 0, 0, 0.0) if fused is None else _form(fused, given)
+    out, dz = _address(dx), _address(grad_residual)
+    slots = launch.pack(
+        x.data_ptr(), dy.data_ptr(), out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
+        coefficients, partials, _address(grad_weight), _address(grad_bias), residual, dz, bits, *plan.sizes, *strides,
+        plan.streams and out % 64 == 0 and dz % 64 == 0, eps, 0.0, 0.0 if given else plan.share, parameter,
+    )  # fmt: skip
+    plan.kernel("backward", form)(slots, plan.threads(), 1 if plan.fused else 4)
+    del memory
+    return Gradients(dx if wanted[0] else None, grad_weight, grad_bias, grad_residual)
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _as_statistics(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A channel vector as the loops read it."""
-    if t is None or (t.dtype == dtype and t.is_contiguous()):
-        return t
-    return t.to(dtype).contiguous()
-
-
-def _streams(plan: Plan, out: int) -> bool:
-    return plan.streams and out % 64 == 0
+def _form(fused: Fused, given: bool = False) -> tuple[Form, int, int, float]:
+    """(what the loop is compiled for, the residual's address, the mask's, the activation's parameter)."""
+    activation, residual, bits, inplace = fused
+    name, parameter = (None, 0.0) if activation is None else activation
+    form = Form(name, residual is not None, bits is not None, inplace, given)
+    return form, _address(residual), _address(bits), parameter
 
 
 def _between_passes(plan: Plan, coefficients: int) -> tuple[Tensor, int, int]:
@@ -182,86 +354,6 @@ def _between_passes(plan: Plan, coefficients: int) -> tuple[Tensor, int, int]:
     sums = 2 * plan.parts * plan.channels
     memory = torch.empty(sums + coefficients * plan.channels, dtype=torch.float64, device="cpu")
     return memory, memory.data_ptr(), memory.data_ptr() + 8 * sums
-
-
-def forward(
-    x: Tensor, plan: Plan, weight: Tensor | None, bias: Tensor | None, running: Running | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Normalize with the batch's own moments; returns y and the moments (2, C): mean and biased variance, float64."""
-    y = torch.empty_like(x)
-    moments = torch.empty_like(plan.moments)
-    weight, bias = _as_statistics(weight, plan.statistics), _as_statistics(bias, plan.statistics)
-    buffers, factor = (0, 0, 0), 0.0
-    if running is not None:
-        buffers = (_address(running.mean), _address(running.var), _address(running.batches))
-        factor = running.factor
-    memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
-    out = y.data_ptr()
-    slots = (
-        x.data_ptr(), 0, out, _address(weight), _address(bias), *buffers, moments.data_ptr(), coefficients, partials,
-        0, 0, *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, factor, plan.share,
-    )  # fmt: skip
-    if plan.fused:
-        launch.run(f"{plan.kind}_forward", x.dtype, slots, plan.threads(), stages=2)
-    else:
-        launch.run(f"{plan.kind}_split_forward", x.dtype, slots, plan.threads(), stages=3)
-    del memory  # alive until here
-    return y, moments
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    plan: Plan,
-    weight: Tensor | None,
-    moments: Tensor,
-    eps: float,
-    wanted: tuple[bool, bool, bool],
-) -> Gradients:
-    """Gradients through the batch's moments of x, weight and bias, each only if wanted."""
-    same = dy.dtype == x.dtype and dy.is_contiguous() and x.is_contiguous()
-    dy, strides = (dy, plan.strides) if same else _readable(dy, x, plan)
-    if plan.kind == "small" and strides[1:] != (plan.space, 1):  # a sample of dy is no row of columns
-        plan = plan._replace(kind="planes", block=1, streams=plan.streams and plan.space % 16 == 0)
-    dx = torch.empty_like(x) if wanted[0] else None
-    grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
-    grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
-    weight = _as_statistics(weight, plan.statistics)
-    memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 4)
-    out = _address(dx)
-    slots = (
-        x.data_ptr(), dy.data_ptr(), out, _address(weight), 0, 0, 0, 0, moments.data_ptr(), coefficients, partials,
-        _address(grad_weight), _address(grad_bias), *_shape_slots(plan), *strides,
-        _streams(plan, out), eps, 0.0, plan.share,
-    )  # fmt: skip
-    if plan.fused:
-        launch.run(f"{plan.kind}_backward", x.dtype, slots, plan.threads())
-    else:
-        launch.run(f"{plan.kind}_split_backward", x.dtype, slots, plan.threads(), stages=3)
-    del memory
-    return Gradients(dx, grad_weight, grad_bias)
-
-
-def evaluate(
-    x: Tensor, plan: Plan, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Normalize with given moments."""
-    if plan.kind != "rows":  # runs in memory order, whatever the channels
-        streams = plan.streams and plan.space % 16 == 0
-        plan = plan._replace(kind="planes", parts=-(-plan.space // _LONG), block=_LONG, streams=streams)
-    plan = plan._replace(worth_threads=1 + x.numel() * x.element_size() // _PER_THREAD)
-    y = torch.empty_like(x)
-    memory = torch.empty(5, plan.channels, dtype=torch.float64, device="cpu")  # two moments, three coefficients
-    memory[0], memory[1] = mean, var
-    weight, bias = _as_statistics(weight, plan.statistics), _as_statistics(bias, plan.statistics)
-    moments, out = memory.data_ptr(), y.data_ptr()
-    slots = (
-        x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments, moments + 16 * plan.channels, 0, 0, 0,
-        *_shape_slots(plan), 0, 0, 0, _streams(plan, out), eps, 0.0, plan.share,
-    )  # fmt: skip
-    launch.run("prepare", x.dtype, slots, 1)
-    launch.run(f"{plan.kind}_apply", x.dtype, slots, plan.threads())
-    return y
 
 
 # --- gradients of every layout ---

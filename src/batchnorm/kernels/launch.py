@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 
-_SLOTS = struct.Struct("=23q3d")  # addresses and sizes, then three numbers: X to SHARE in loops/slots.py
+from batchnorm.kernels.form import PLAIN, Form
+
+_SLOTS = struct.Struct("=27q4d")  # addresses and sizes, then four numbers: X to PARAMETER in loops/slots.py
 _TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGE
 _EVERY = -1  # stage: all of them
 
@@ -72,47 +74,58 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="batchnorm")
 
 
-def run(name: str, dtype: torch.dtype, slots: tuple[Any, ...], threads: int, stages: int = 1) -> None:
-    """Call the loop of that name with its slots on up to `threads` threads and wait for all of them.
-
-    Args:
-        stages: how many the loop has. Each begins when all threads have ended the one before.
-    """
-    kernel = _kernels.get((name, dtype)) or _compiled(name, dtype)
-    arguments = _SLOTS.pack(*slots)
-    if threads <= 1 or _forked:
-        kernel.call(arguments + _SERIAL)
-        return
-    omp = openmp()
-    if omp is not None:
-        omp.parallel(kernel.address, arguments + omp.team, threads, 0)
-        return
-    for stage in range(stages):
-        shares = [arguments + _TEAM.pack(i, threads, 0, 0, 0, stage) for i in range(threads)]
-        others = [_python_threads().submit(kernel.call, share) for share in shares[1:]]
-        kernel.call(shares[0])
-        for other in others:
-            other.result()
-
-
 class Kernel:
-    """A compiled loop for one dtype: the address of a C function `void f(int64_t *slots)`."""
+    """A loop for one dtype and form: a C function `void f(int64_t *slots)`, compiled, or found compiled, when called.
 
-    def __init__(self, function: Any) -> None:
-        self._function = function  # keeps the machine code alive
-        self.address = function.address
-        self.call: Callable[[bytes], None] = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(function.address)
+    Call it with the packed slots and the number of threads that may share the work; it waits for all of them.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, form: Form) -> None:
+        self._key = name, dtype, form
+        self._function: Any = None
+        self._call: Callable[[bytes], None]
+        self._address: int
+
+    def __call__(self, slots: bytes, threads: int, stages: int) -> None:
+        """Run the loop.
+
+        Args:
+            slots: what ``pack`` made.
+            threads: at most so many.
+            stages: how many the loop has. Each begins when all threads have ended the one before.
+        """
+        if self._function is None:
+            self._compile()
+        if threads <= 1 or _forked:
+            self._call(slots + _SERIAL)
+            return
+        omp = openmp()
+        if omp is not None:
+            omp.parallel(self._address, slots + omp.team, threads, 0)
+            return
+        for stage in range(stages):
+            shares = [slots + _TEAM.pack(i, threads, 0, 0, 0, stage) for i in range(threads)]
+            others = [_python_threads().submit(self._call, share) for share in shares[1:]]
+            self._call(shares[0])
+            for other in others:
+                other.result()
+
+    def _compile(self) -> None:
+        from batchnorm.kernels.compile import compiled  # loads Numba, which takes a second
+
+        with _compiling:
+            if self._function is None:
+                function = compiled(*self._key)
+                self._address = function.address
+                self._call = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(function.address)
+                self._function = function  # last: it says that the others are there; and it keeps the code alive
 
 
+pack = _SLOTS.pack
 _compiling = threading.Lock()
-_kernels: dict[tuple[str, torch.dtype], Kernel] = {}
 
 
-def _compiled(name: str, dtype: torch.dtype) -> Kernel:
-    """The loop of that name for tensors of `dtype`, compiled or read from Numba's cache, once in a process."""
-    from batchnorm.kernels.compile import compiled  # loads Numba, which takes a second
-
-    with _compiling:
-        if (name, dtype) not in _kernels:
-            _kernels[name, dtype] = Kernel(compiled(name, dtype))
-        return _kernels[name, dtype]
+@cache
+def kernel(name: str, dtype: torch.dtype, form: Form = PLAIN) -> Kernel:
+    """The loop of that name for tensors of `dtype`, one for the whole process."""
+    return Kernel(name, dtype, form)

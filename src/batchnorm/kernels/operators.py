@@ -1,20 +1,30 @@
-"""Batch normalization with the batch's own moments, differentiable: for eager mode and for the compiler.
+"""Batch normalization by the loops, differentiable: for eager mode and for the compiler.
 
 Eager mode calls the loops directly inside an ``autograd.Function``. The compiler sees ``torch.ops.batchnorm.train`` and
 ``train_backward``, opaque operators over the same loops: what inductor makes of batch normalization itself is slower
 on CPUs.
+
+Weights, biases and running statistics arrive here contiguous and in the plan's dtype of statistics.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from batchnorm.activations import PIECEWISE, Activation, applied
 from batchnorm.kernels import cpu, reference
 from batchnorm.kernels.choice import record
-from batchnorm.moments import Moments
+
+
+class Extras(NamedTuple):
+    """What follows a normalization: an added residual, laid out like x; an activation; whether y takes x's place."""
+
+    activation: Activation | None = None
+    residual: Tensor | None = None
+    inplace: bool = False
 
 
 def train_cpu(
@@ -44,117 +54,208 @@ class _Train(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         y, moments = cpu.forward(x, plan, weight, bias, running, eps)
-        ctx.save_for_backward(x, weight, moments)
-        ctx.rest = plan, eps, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, bias, moments)
+        ctx.rest = plan, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, moments = ctx.saved_tensors
-        plan, eps, bias_dtype = ctx.rest
+        x, weight, bias, moments = ctx.saved_tensors
+        plan, eps = ctx.rest
         need_x, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
         wanted = need_x, need_weight, need_bias
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated itself
             record.backward = "reference"
-            dx, grad_weight, grad_bias = differentiable_backward(dy, x, weight, eps, wanted, bias_dtype)
+            y = _reference(x, weight, bias, None, eps)
+            dx, grad_weight, grad_bias = _differentiated(y, (x, weight, bias), wanted, dy)
         else:
             record.backward = "cpu"
-            dx, grad_weight, grad_bias = cpu.backward(dy, x, plan, weight, moments, eps, wanted)
-            grad_weight, grad_bias = _as(grad_weight, weight), _as(grad_bias, bias_dtype)
+            dx, grad_weight, grad_bias, _ = cpu.backward(dy, x, plan, weight, moments, eps, wanted)
         return dx, None, grad_weight, grad_bias, None, None
-
-
-def _as(t: Tensor | None, like: Tensor | torch.dtype | None) -> Tensor | None:
-    """A gradient in its parameter's dtype."""
-    if t is None or like is None:
-        return None
-    dtype = like.dtype if isinstance(like, Tensor) else like
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 # Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
 _train_apply = super(torch.autograd.Function, _Train).apply
 
 
-def differentiable_backward(
-    dy: Tensor,
+def fused_cpu(
     x: Tensor,
+    plan: cpu.Plan,
     weight: Tensor | None,
+    bias: Tensor | None,
+    running: cpu.Running | None,
     eps: float,
-    wanted: tuple[bool, bool, bool],
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward as operations that autograd records, in terms of x itself."""
-    moments = Moments.of(x, (0, *range(2, x.dim())))
-    found = reference.train_backward(dy, x, weight, moments.mean, moments.biased_variance, eps)
-    grads = [
-        _as(g, like) if want else None for g, like, want in zip(found, (x, weight, bias_dtype), wanted, strict=True)
-    ]
-    return grads[0], grads[1], grads[2]
-
-
-# --- evaluation ---
-
-
-def evaluate_cpu(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    extras: Extras,
+    given: Tensor | None = None,
 ) -> Tensor:
-    """Normalize with given moments on the CPU loops; differentiable in eager mode in x, weight and bias."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y: Tensor = _Evaluate.apply(x, weight, bias, mean, var, eps)
+    """The same with what follows, or with ``given`` moments (2, C); ``plan`` is a ``given_plan`` then."""
+    record.forward = "cpu"
+    activation, residual, inplace = extras
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        y: Tensor = _fused_apply(x, plan, weight, bias, residual, running, eps, activation, inplace, given)
         return y
-    x, plan = cpu.laid_out(x)
-    return cpu.evaluate(x, plan, mean, var, weight, bias, eps)
+    fused = cpu.Fused(activation, residual, None, inplace)
+    return _forward(x, plan, weight, bias, running, eps, fused, given)[0]
 
 
-class _Evaluate(torch.autograd.Function):
-    """Saves x only if the weight learns. Of the statistics it keeps copies: a later training step moves the buffers."""
+def _forward(
+    x: Tensor,
+    plan: cpu.Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: cpu.Running | None,
+    eps: float,
+    fused: cpu.Fused,
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if given is not None:
+        return cpu.evaluate(x, plan, given, weight, bias, eps, fused), given
+    return cpu.forward(x, plan, weight, bias, running, eps, fused)
+
+
+class _Fused(torch.autograd.Function):
+    """Saves x (y in its place, if it was overwritten) and the moments, and what else the activation's gradient needs.
+
+    That is nothing without a residual, since z is computed again from x. With one, it is a bit an element for
+    activations that are linear in pieces, and the residual for others. With given moments x is not saved where the
+    weight does not learn and z is not needed.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+        ctx: Any,
+        x: Tensor,
+        plan: cpu.Plan,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: cpu.Running | None,
+        eps: float,
+        activation: Activation | None,
+        inplace: bool,
+        given: Tensor | None,
     ) -> Tensor:
-        x, plan = cpu.laid_out(x)
-        moments = torch.stack((mean.double(), var.double()))
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, moments)
-        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
-        return cpu.evaluate(x, plan, mean, var, weight, bias, eps)
+        piecewise = activation is not None and activation.name in PIECEWISE and not inplace
+        need_weight = ctx.needs_input_grad[2]
+        lean = given is not None and not need_weight and not inplace  # x itself matters through z alone
+        bits = plan.bits() if piecewise and (lean or residual is not None) else None
+        y, moments = _forward(
+            x, plan, weight, bias, running, eps, cpu.Fused(activation, residual, bits, inplace), given
+        )
+        if inplace:
+            ctx.mark_dirty(x)
+        smooth = activation is not None and bits is None
+        keep = None if lean and not smooth else y if inplace else x
+        ctx.save_for_backward(keep, weight, bias, moments, bits, residual if smooth else None)
+        ctx.rest = plan, eps, activation, inplace, given is not None, residual is not None
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, (mean, var) = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        record.backward = "reference"  # affine in x: plain operations, which autograd can differentiate again
-        per_channel = (slice(None), *(None,) * (dy.dim() - 2))
-        dims, wide = (0, *range(2, dy.dim())), torch.promote_types(dy.dtype, torch.float32)
-        scale = (var + ctx.eps).rsqrt()
-        grad_weight = grad_bias = grad_x = None
-        if need_x:
-            whole = scale if weight is None else scale * weight
-            grad_x = (dy * whole.to(wide)[per_channel]).to(dy.dtype)
-        if need_weight:
-            x_hat = (x - mean.to(wide)[per_channel]) * scale.to(wide)[per_channel]
-            grad_weight = (dy * x_hat).sum(dims).to(weight.dtype)
-        if need_bias:
-            grad_bias = dy.sum(dims, dtype=wide).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        x, weight, bias, moments, bits, residual = ctx.saved_tensors
+        plan, eps, activation, inplace, given, added = ctx.rest
+        need_x, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:5]
+        wanted = need_x, need_weight, need_bias
+        if torch.is_grad_enabled():
+            record.backward = "reference"
+            if inplace:
+                raise RuntimeError(
+                    "batch_norm(inplace=True) cannot be differentiated twice: its input is gone; use inplace=False"
+                )
+            slope = None
+            if bits is not None:  # linear in pieces: the slopes are constants
+                slope = _slopes(dy, x, plan, weight, bias, moments, eps, cpu.Fused(activation, None, bits), given)
+            if x is None:
+                x = torch.zeros_like(dy)  # y is affine in x: any x has the same gradient
+            if residual is None and added:
+                residual = torch.zeros_like(x, requires_grad=True)
+            z = _reference(x, weight, bias, moments if given else None, eps)
+            z = z if residual is None else z + residual
+            y = z * slope if slope is not None else applied(activation, z)
+            grads = _differentiated(y, (x, weight, bias, residual), (*wanted, need_residual), dy)
+        else:
+            record.backward = "cpu"
+            fused = cpu.Fused(activation, residual, bits, inplace)
+            passes_on = need_residual and activation is None  # the residual's gradient is dy itself
+            found = cpu.backward(
+                dy, x, plan, weight, moments, eps, wanted, fused, bias, need_residual and not passes_on, given
+            )
+            grads = (*found[:3], dy if passes_on else found.residual)
+        dx, grad_weight, grad_bias, grad_residual = grads
+        return dx, None, grad_weight, grad_bias, grad_residual, None, None, None, None, None
+
+
+_fused_apply = super(torch.autograd.Function, _Fused).apply
+
+
+# --- to differentiate once more ---
+
+
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Tensor | None, eps: float) -> Tensor:
+    if given is not None:
+        return reference.inference(x, given[0], given[1], weight, bias, eps)
+    return reference.train_forward(x, weight, bias, eps)[0]
+
+
+def _slopes(
+    like: Tensor,
+    x: Tensor | None,
+    plan: cpu.Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    fused: cpu.Fused,
+    given: bool,
+) -> Tensor:
+    """The activation's slope everywhere: what it makes of a gradient of ones."""
+    ones = torch.ones_like(like)
+    with torch.no_grad():
+        found = cpu.backward(ones, x, plan, weight, moments, eps, (False,) * 3, fused, bias, True, given).residual
+    assert found is not None
+    return found
+
+
+def _differentiated(
+    y: Tensor, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted, as operations that autograd records."""
+    chosen = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    found = iter(torch.autograd.grad(y, chosen, dy, create_graph=True, materialize_grads=True))
+    return tuple(next(found) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True))
 
 
 # --- for torch.compile ---
 
-torch.library.define(
-    "batchnorm::train", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor moments)"
-)
+_SIGNATURE = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float parameter"
+torch.library.define("batchnorm::train", f"({_SIGNATURE}) -> (Tensor y, Tensor moments)")
 torch.library.define(
     "batchnorm::train_backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor moments, float eps, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor dy, {_SIGNATURE}, Tensor moments, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+
+
+def _fused(activation: str | None, parameter: float, residual: Tensor | None, x: Tensor) -> cpu.Fused | None:
+    if activation is None and residual is None:
+        return None
+    if residual is not None and residual.stride() != x.stride():
+        residual = torch.empty_like(x).copy_(residual)
+    return cpu.Fused(None if activation is None else Activation(activation, parameter), residual)
 
 
 @torch.library.impl("batchnorm::train", "CPU")
-def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+    parameter: float,
+) -> tuple[Tensor, Tensor]:
     read, plan = cpu.laid_out(x)
-    y, moments = cpu.forward(read, plan, weight, bias, None, eps)
+    fused = _fused(activation, parameter, residual, read)
+    y, moments = cpu.forward(read, plan, _ready(weight, plan), _ready(bias, plan), None, eps, fused)
     record.forward = "cpu"
     promised = torch.empty_like(x)
     return (y if y.stride() == promised.stride() else promised.copy_(y)), moments
@@ -162,56 +263,98 @@ def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
 
 @torch.library.impl("batchnorm::train_backward", "CPU")
 def _train_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+    parameter: float,
+    moments: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     read, plan = cpu.laid_out(x)
-    dx, *rest = cpu.backward(dy, read, plan, weight, moments, eps, (wanted[0], wanted[1], wanted[2]))
-    record.backward = "cpu"
-    grad_weight, grad_bias = (_as(t, plan.statistics if weight is None else weight) for t in rest)
-    none = x.new_empty(0)
-    if dx is not None:
-        promised = torch.empty_like(x)
-        dx = dx if dx.stride() == promised.stride() else promised.copy_(dx)
-    return (
-        none if dx is None else dx,
-        x.new_empty(0) if grad_weight is None else grad_weight,
-        x.new_empty(0) if grad_bias is None else grad_bias,
+    want_x, want_weight, want_bias, want_residual = wanted
+    found = cpu.backward(
+        dy,
+        read,
+        plan,
+        _ready(weight, plan),
+        moments,
+        eps,
+        (want_x, want_weight, want_bias),
+        _fused(activation, parameter, residual if activation is not None else None, read),
+        _ready(bias, plan),
+        want_residual and activation is not None,
     )
+    record.backward = "cpu"
+    parameters = (
+        t if t is None or like is None or t.dtype == like.dtype else t.to(like.dtype)
+        for t, like in ((found.weight, weight), (found.bias, bias))
+    )
+    grad_residual = dy.clone() if want_residual and activation is None else found.residual
+    dx, grad_residual = (None if t is None else _promised(t, x) for t in (found.x, grad_residual))
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, *parameters, grad_residual))  # type: ignore[return-value]
+
+
+def _ready(t: Tensor | None, plan: cpu.Plan) -> Tensor | None:
+    return None if t is None else t.to(plan.statistics).contiguous()
+
+
+def _promised(t: Tensor, x: Tensor) -> Tensor:
+    """t in the layout that the compiler has been told of."""
+    promised = torch.empty_like(x)
+    return t if t.stride() == promised.stride() else promised.copy_(t)
 
 
 @torch.library.register_fake("batchnorm::train")
-def _train_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _train_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+    parameter: float,
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("batchnorm::train_backward")
 def _train_backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, moments: Tensor, eps: float, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = weight.dtype if weight is not None else (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    none = x.new_empty(0)
-    vector = x.new_empty(x.shape[1], dtype=dtype)
-    return (
-        torch.empty_like(x) if wanted[0] else none,
-        vector if wanted[1] else x.new_empty(0),
-        torch.empty_like(vector) if wanted[2] else x.new_empty(0),
-    )
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+    parameter: float,
+    moments: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = torch.float64 if x.dtype == torch.float64 else torch.float32
+    vectors = (x.new_empty(x.shape[1], dtype=own if t is None else t.dtype) for t in (weight, bias))
+    found = (torch.empty_like(x), *vectors, torch.empty_like(x))
+    return tuple(t if want else x.new_empty(0) for t, want in zip(found, wanted, strict=True))  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, output[1])
+    x, weight, bias, residual, *ctx.rest = inputs
+    needed = residual if ctx.rest[1] is not None else None  # without an activation, its gradient is dy
+    ctx.save_for_backward(x, weight, bias, needed, output[1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _moments: Tensor | None) -> Any:
     if dy is None:
-        return None, None, None, None
-    x, weight, moments = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.batchnorm.train_backward(dy, x, weight, moments, ctx.eps, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+        return (None,) * 7
+    x, weight, bias, residual, moments = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.batchnorm.train_backward(dy, x, weight, bias, residual, *ctx.rest, moments, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None, None
 
 
 torch.library.register_autograd("batchnorm::train", _differentiate, setup_context=_setup_context)

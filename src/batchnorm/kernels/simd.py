@@ -101,6 +101,7 @@ def _lanewise(builder: Any, signature: Any, args: Any) -> list[Any]:
 _define_operator(operator.add, "fadd")
 _define_operator(operator.sub, "fsub")
 _define_operator(operator.mul, "fmul")
+_define_operator(operator.truediv, "fdiv")
 
 
 @intrinsic
@@ -232,16 +233,16 @@ def stream(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
     """`store` around the caches, for output that will not fit; the address must be a multiple of the vector's size.
 
     It saves reading the line that is about to be overwritten. End with `fence()` before another thread may read.
+    A scalar is just stored.
     """
-    if not isinstance(value, Vector):
-        raise TypingError("only vectors can be streamed")
-    stored = base.dtype
+    stored, count = base.dtype, LANES if isinstance(value, Vector) else 1
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         raw = ir.IntType(16) if stored == types.uint16 else _llvm_float(stored)
-        result = _to_bfloat16(builder, args[2], LANES) if stored == types.uint16 else args[2]
-        written = builder.store(result, _place(builder, args[0], args[1], raw, LANES), align=LANES * _bytes(stored))
-        _around_caches(builder, written)
+        result = _to_bfloat16(builder, args[2], count) if stored == types.uint16 else args[2]
+        written = builder.store(result, _place(builder, args[0], args[1], raw, count), align=count * _bytes(stored))
+        if count > 1:
+            _around_caches(builder, written)
         return context.get_dummy_value()
 
     return types.void(base, types.intp, value), codegen

@@ -60,16 +60,17 @@ def forward_coefficients(a, c, param, acc):
     """
     moments = pointer(a[MOMENTS], f64)
     mean, var = moments[c], moments[a[CHANNELS] + c]
-    scale = optional(a[WEIGHT], c, param, 1.0) / math.sqrt(var + real(a, EPS))
+    scale = optional(a[WEIGHT], c, param, 1.0) * (1.0 / math.sqrt(var + real(a, EPS)))
     rounded = acc(mean)
     return rounded, acc(scale), acc(optional(a[BIAS], c, param, 0.0) - (mean - f64(rounded)) * scale)
 
 
 @loop
 def backward_coefficients(a, c, param, acc, s, t):
-    """(mean, A, B, C) so that dx = A·dy + B·(x − mean) + C, and the gradients of weight and bias.
+    """(A, B, C) so that dx = A·dz + B·(x − mean) + C, and the gradients of weight and bias.
 
-    s = Σdy and t = Σdy·(x − mean); Ioffe & Szegedy 2015, section 3, with x̂ written out.
+    s = Σdz and t = Σdz·(x − mean); Ioffe & Szegedy 2015, section 3, with x̂ written out. A share of 0 says that the
+    moments were given, so that x does not move them.
     """
     moments = pointer(a[MOMENTS], f64)
     mean, var = moments[c], moments[a[CHANNELS] + c]
@@ -79,9 +80,19 @@ def backward_coefficients(a, c, param, acc, s, t):
     if a[GRAD_BIAS] != 0:
         pointer(a[GRAD_BIAS], param)[c] = param(s)
     scale = optional(a[WEIGHT], c, param, 1.0) * inverse
+    if real(a, SHARE) == 0.0:
+        return acc(scale), acc(0.0), acc(0.0)
     slope = -scale * inverse * inverse * t * real(a, SHARE)
-    rounded = acc(mean)
-    return rounded, acc(scale), acc(slope), acc(-scale * s * real(a, SHARE) - slope * (mean - f64(rounded)))
+    return acc(scale), acc(slope), acc(-scale * s * real(a, SHARE) - slope * (mean - f64(acc(mean))))
+
+
+@loop
+def unpacking(a, c, param, acc, form):
+    """(k, scale, shift) from which `forms.unpacked` finds dz and x − mean: k is the mean, or 1/scale to undo y."""
+    if not form.FROM_Z:
+        return acc(pointer(a[MOMENTS], f64)[c]), acc(0.0), acc(0.0)
+    mean, scale, shift = forward_coefficients(a, c, param, acc)
+    return (acc(1.0 / f64(scale)) if form.INPLACE else mean), scale, shift
 
 
 @body
@@ -144,28 +155,49 @@ def parts_added(a, first, last):
 @loop
 def combine(a, thread, threads, stored, param, acc):
     """Add the parts' sums of this thread's channels up into moments and forward coefficients."""
-    x, k, channels = pointer(a[X], stored), pointer(a[COEFFICIENTS], acc), a[CHANNELS]
+    x, channels = pointer(a[X], stored), a[CHANNELS]
     first, last = share(channels, thread, threads)
     sums = parts_added(a, first, last)
     for c in range(first, last):
         write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c])
+    prepare(a, thread, threads, param, acc)
+
+
+@loop
+def prepare(a, thread, threads, param, acc):
+    """Forward coefficients of this thread's channels, from their moments."""
+    k, channels = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
+    first, last = share(channels, thread, threads)
+    for c in range(first, last):
         k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)
 
 
 @loop
-def backward_combine(a, thread, threads, stored, param, acc):
+def backward_prepare(a, thread, threads, param, acc, form):
+    """What unpacks this thread's channels in the backward."""
+    k, channels = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
+    first, last = share(channels, thread, threads)
+    for c in range(first, last):
+        k[c], k[channels + c], k[4 * channels + c] = unpacking(a, c, param, acc, form)
+
+
+@loop
+def backward_combine(a, thread, threads, param, acc):
     """Add the parts' sums of this thread's channels up into gradients of weight and bias and backward coefficients."""
     k, channels = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
     first, last = share(channels, thread, threads)
-    sums = parts_added(a, first, last)
-    for c in range(first, last):
-        mean, ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c])
-        k[c], k[channels + c], k[2 * channels + c], k[3 * channels + c] = mean, ca, cb, cc
+    if sums_wanted(a):
+        sums = parts_added(a, first, last)
+        for c in range(first, last):
+            ca, cb, cc = backward_coefficients(a, c, param, acc, sums[c], sums[channels + c])
+            k[channels + c], k[2 * channels + c], k[3 * channels + c] = ca, cb, cc
+    else:
+        for c in range(first, last):
+            ca, cb, cc = backward_coefficients(a, c, param, acc, 0.0, 0.0)
+            k[channels + c], k[2 * channels + c], k[3 * channels + c] = ca, cb, cc
 
 
-@body
-def prepare(a, thread, threads, stored, param, acc):
-    """Forward coefficients from given moments (evaluation)."""
-    k, channels = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
-    for c in range(channels):
-        k[c], k[channels + c], k[2 * channels + c] = forward_coefficients(a, c, param, acc)
+@loop
+def sums_wanted(a):
+    """Whether anything depends on the sums over a channel: only given moments with constant parameters do without."""
+    return real(a, SHARE) != 0.0 or a[GRAD_WEIGHT] != 0 or a[GRAD_BIAS] != 0

@@ -8,13 +8,20 @@ from __future__ import annotations
 from batchnorm.kernels.loops.channels import (
     backward_coefficients,
     backward_combine,
+    backward_prepare,
     combine,
     finish,
     forward_coefficients,
+    prepare,
+    sums_wanted,
+    unpacking,
     write_moments,
 )
+from batchnorm.kernels.loops.forms import activated, input_gradient, put, residual_at, unpacked
 from batchnorm.kernels.loops.slots import (
     BATCH,
+    BITS,
+    BITS_ROW,
     BLOCK,
     CHANNELS,
     COEFFICIENTS,
@@ -22,11 +29,14 @@ from batchnorm.kernels.loops.slots import (
     DY,
     DY_BATCH,
     DY_SPACE,
-    FOUR_COLUMNS,
+    FIVE_COLUMNS,
+    GRAD_RESIDUAL,
     MOMENTS,
     OUT,
+    PARAMETER,
     PARTIALS,
     PARTS,
+    RESIDUAL,
     SPACE,
     STREAM,
     STRETCH,
@@ -38,7 +48,9 @@ from batchnorm.kernels.loops.slots import (
     lanewise,
     loop,
     meet,
+    real,
     share,
+    u8,
 )
 from batchnorm.kernels.simd import (
     alloca,
@@ -51,7 +63,6 @@ from batchnorm.kernels.simd import (
     prefetch,
     splat,
     store,
-    stream,
     total,
 )
 
@@ -147,24 +158,30 @@ def block_sums(x, rows, stride, width, shift, s, q):
 
 
 @loop
-def block_apply(x, y, rows, stride, width, k, gap, streaming):
-    """y = (x − mean)·scale + shift with column vectors k, k + gap, k + 2·gap."""
-    for r in range(rows):
-        at = r * stride
-        j = 0
-        if streaming:
-            while j + 8 <= width:
-                v = load(x, at + j, 8) - load(k, j, 8)
-                stream(y, at + j, fma(v, load(k, gap + j, 8), load(k, 2 * gap + j, 8)))
-                j += 8
-        while j + 8 <= width:
-            v = load(x, at + j, 8) - load(k, j, 8)
-            store(y, at + j, fma(v, load(k, gap + j, 8), load(k, 2 * gap + j, 8)))
-            j += 8
-        while j < width:
-            v = load(x, at + j, 1) - load(k, j, 1)
-            store(y, at + j, fma(v, load(k, gap + j, 1), load(k, 2 * gap + j, 1)))
-            j += 1
+def block_bits(a, block, columns):
+    """Where the bits of a block begin in a row's: each block of BLOCK columns has whole bytes."""
+    return block * ((min(a[BLOCK], columns) + 7) // 8 * 8)
+
+
+@lanewise
+def apply_at(x, y, r, i, j, k, gap, bits, bit, p, streaming, form, lanes):
+    v = load(x, i, lanes)
+    mean, scale, shift = load(k, j, lanes), load(k, gap + j, lanes), load(k, 2 * gap + j, lanes)
+    v = activated(v, residual_at(r, i, v, form, lanes), mean, scale, shift, bits, bit, p, form)
+    put(y, i, v, streaming)
+
+
+@loop
+def row_apply(a, at, bit, width, k, gap, stored, acc, form):
+    """Normalize `width` neighbours from `at` on with column vectors k, k + gap, k + 2·gap; residual; activation."""
+    x, y, r = pointer(a[X], stored), pointer(a[OUT], stored), pointer(a[RESIDUAL], stored)
+    bits, p, streaming, j = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0, 0
+    while j + 8 <= width:
+        apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, streaming, form, 8)
+        j += 8
+    while j < width:
+        apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, streaming, form, 1)
+        j += 1
 
 
 @loop
@@ -178,70 +195,85 @@ def dy_row(a, r):
 
 
 @lanewise
-def four_rows_backward(x, dy, stride, g0, g1, g2, g3, j, mean, s, t, lanes):
-    m = load(mean, j, lanes)
-    a, b, c, d = load(dy, g0 + j, lanes), load(dy, g1 + j, lanes), load(dy, g2 + j, lanes), load(dy, g3 + j, lanes)
-    if lanes == 8:  # rows are short stretches of memory, which the processor's own prefetching serves badly
-        for r in range(4, 8):
-            prefetch(x, r * stride + j)
-            prefetch(dy, g0 + r * (g1 - g0) + j)
-    products = fma(load(x, stride + j, lanes) - m, b, (load(x, j, lanes) - m) * a)
-    products = products + fma(load(x, 3 * stride + j, lanes) - m, d, (load(x, 2 * stride + j, lanes) - m) * c)
-    store(s, j, load(s, j, lanes) + convert((a + b) + (c + d), f64))
-    store(t, j, load(t, j, lanes) + convert(products, f64))
+def unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes):
+    """(dz, x − mean) at i, column j; dy is at g + j."""
+    v, gv = load(x, i, lanes), load(dy, g + j, lanes)
+    mean, scale, shift = load(k, j, lanes), load(k, gap + j, lanes), load(k, 4 * gap + j, lanes)
+    return unpacked(gv, v, residual_at(r, i, v, form, lanes), mean, scale, shift, bits, bit, p, form)
 
 
 @lanewise
-def one_row_backward(x, dy, g, j, mean, s, t, lanes):
-    a = load(dy, g + j, lanes)
+def four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form, lanes):
+    if lanes == 8:  # rows are short stretches of memory, which the processor's own prefetching serves badly
+        for row in range(4, 8):
+            prefetch(x, at + row * stride + j)
+            prefetch(dy, g0 + row * (g1 - g0) + j)
+    a, v = unpacked_at(x, dy, r, at + j, g0, j, k, gap, bits, bit + j, p, form, lanes)
+    b, w = unpacked_at(x, dy, r, at + stride + j, g1, j, k, gap, bits, bit + line + j, p, form, lanes)
+    sums, products = a + b, fma(w, b, v * a)
+    a, v = unpacked_at(x, dy, r, at + 2 * stride + j, g2, j, k, gap, bits, bit + 2 * line + j, p, form, lanes)
+    b, w = unpacked_at(x, dy, r, at + 3 * stride + j, g3, j, k, gap, bits, bit + 3 * line + j, p, form, lanes)
+    store(s, j, load(s, j, lanes) + convert(sums + (a + b), f64))
+    store(t, j, load(t, j, lanes) + convert(products + fma(w, b, v * a), f64))
+
+
+@lanewise
+def one_row_backward(x, dy, r, i, g, j, k, gap, s, t, bits, bit, p, form, lanes):
+    a, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes)
     store(s, j, load(s, j, lanes) + convert(a, f64))
-    store(t, j, load(t, j, lanes) + convert((load(x, j, lanes) - load(mean, j, lanes)) * a, f64))
+    store(t, j, load(t, j, lanes) + convert(v * a, f64))
 
 
 @loop
-def block_backward_sums(a, x, dy, first, last, stride, width, mean, s, t):
-    """Add Σdy and Σdy·(x − mean) of each column over rows first..last to s and t."""
-    r = first
-    while r + 4 <= last:
-        g0, g1, g2, g3 = dy_row(a, r), dy_row(a, r + 1), dy_row(a, r + 2), dy_row(a, r + 3)
+def block_backward_sums(a, first, last, start, stride, width, base, k, gap, s, t, stored, acc, form):
+    """Add Σdz and Σdz·(x − mean) of `width` columns from `start` on, over rows first..last, to s and t."""
+    x, r, p = pointer(a[X], stored), pointer(a[RESIDUAL], stored), acc(real(a, PARAMETER))
+    dy, bits, row = offset(pointer(a[DY], stored), start), pointer(a[BITS], u8), first
+    while row + 4 <= last:
+        at, bit, line = row * stride + start, row * a[BITS_ROW] + base, a[BITS_ROW]
+        g0, g1, g2, g3 = dy_row(a, row), dy_row(a, row + 1), dy_row(a, row + 2), dy_row(a, row + 3)
         j = 0
         while j + 8 <= width:
-            four_rows_backward(offset(x, r * stride), dy, stride, g0, g1, g2, g3, j, mean, s, t, 8)
+            four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form, 8)
             j += 8
         while j < width:
-            four_rows_backward(offset(x, r * stride), dy, stride, g0, g1, g2, g3, j, mean, s, t, 1)
+            four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form, 1)
             j += 1
-        r += 4
-    while r < last:
-        g0, j = dy_row(a, r), 0
+        row += 4
+    while row < last:
+        at, bit, g0, j = row * stride + start, row * a[BITS_ROW] + base, dy_row(a, row), 0
         while j + 8 <= width:
-            one_row_backward(offset(x, r * stride), dy, g0, j, mean, s, t, 8)
+            one_row_backward(x, dy, r, at + j, g0, j, k, gap, s, t, bits, bit + j, p, form, 8)
             j += 8
         while j < width:
-            one_row_backward(offset(x, r * stride), dy, g0, j, mean, s, t, 1)
+            one_row_backward(x, dy, r, at + j, g0, j, k, gap, s, t, bits, bit + j, p, form, 1)
             j += 1
-        r += 1
+        row += 1
+
+
+@lanewise
+def backward_apply_at(x, dy, r, dx, dz, gives, i, g, j, k, gap, bits, bit, p, streaming, form, lanes):
+    gv, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes)
+    ca, cb, cc = load(k, gap + j, lanes), load(k, 2 * gap + j, lanes), load(k, 3 * gap + j, lanes)
+    v = input_gradient(gv, v, ca, cb, cc, form)
+    put(dx, i, v, streaming)
+    if gives:
+        put(dz, i, gv, streaming)
 
 
 @loop
-def block_backward_apply(a, x, dy, dx, first, last, stride, width, k, gap, streaming):
-    """dx = A·dy + B·(x − mean) + C with column vectors k (mean), k + gap (A), k + 2·gap (B), k + 3·gap (C)."""
-    for r in range(first, last):
-        g, at = dy_row(a, r), r * stride
-        j = 0
-        if streaming:
-            while j + 8 <= width:
-                v = fma(load(x, at + j, 8) - load(k, j, 8), load(k, 2 * gap + j, 8), load(k, 3 * gap + j, 8))
-                stream(dx, at + j, fma(load(dy, g + j, 8), load(k, gap + j, 8), v))
-                j += 8
-        while j + 8 <= width:
-            v = fma(load(x, at + j, 8) - load(k, j, 8), load(k, 2 * gap + j, 8), load(k, 3 * gap + j, 8))
-            store(dx, at + j, fma(load(dy, g + j, 8), load(k, gap + j, 8), v))
-            j += 8
-        while j < width:
-            v = fma(load(x, at + j, 1) - load(k, j, 1), load(k, 2 * gap + j, 1), load(k, 3 * gap + j, 1))
-            store(dx, at + j, fma(load(dy, g + j, 1), load(k, gap + j, 1), v))
-            j += 1
+def row_backward_apply(a, row, start, stride, width, base, k, gap, stored, acc, form):
+    """dx = A·dz + B·(x − mean) + C with column vectors k (mean), k + gap (A) … k + 3·gap (C); dz for the residual."""
+    x, dy, r = pointer(a[X], stored), offset(pointer(a[DY], stored), start), pointer(a[RESIDUAL], stored)
+    dx, dz, gives = pointer(a[OUT], stored), pointer(a[GRAD_RESIDUAL], stored), a[GRAD_RESIDUAL] != 0
+    bits, p, streaming = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0
+    at, g, bit, j = row * stride + start, dy_row(a, row), row * a[BITS_ROW] + base, 0
+    while j + 8 <= width:
+        backward_apply_at(x, dy, r, dx, dz, gives, at + j, g, j, k, gap, bits, bit + j, p, streaming, form, 8)
+        j += 8
+    while j < width:
+        backward_apply_at(x, dy, r, dx, dz, gives, at + j, g, j, k, gap, bits, bit + j, p, streaming, form, 1)
+        j += 1
 
 
 @loop
@@ -253,22 +285,22 @@ def layout(a, rows_of_channels):
 
 
 @loop
-def columns_forward(a, thread, threads, stored, param, acc, rows_of_channels):
+def columns_forward(a, thread, threads, stored, param, acc, form, rows_of_channels):
     """Both passes over each of this thread's blocks of BLOCK columns (whole channels), all rows."""
-    x, y, streaming = pointer(a[X], stored), pointer(a[OUT], stored), a[STREAM] != 0
     rows, columns, span = layout(a, rows_of_channels)
-    s, q, shift, k = alloca(COLUMNS, f64), alloca(COLUMNS, f64), alloca(COLUMNS, acc), alloca(FOUR_COLUMNS, acc)
+    s, q, shift, k = alloca(COLUMNS, f64), alloca(COLUMNS, f64), alloca(COLUMNS, acc), alloca(FIVE_COLUMNS, acc)
     first, last = share((columns + a[BLOCK] - 1) // a[BLOCK], thread, threads)
     for block in range(first, last):
         start = block * a[BLOCK]
         width = min(a[BLOCK], columns - start)
+        x = offset(pointer(a[X], stored), start)
         fill(s, 0, width, 0.0)
         fill(q, 0, width, 0.0)
-        column_shifts(offset(x, start), rows, columns, width, shift, acc)
+        column_shifts(x, rows, columns, width, shift, acc)
         if span > 1:  # a channel's columns share the first one's shift
             for j in range(0, width, span):
                 fill(shift, j, span, shift[j])
-        block_sums(offset(x, start), rows, columns, width, shift, s, q)
+        block_sums(x, rows, columns, width, shift, s, q)
         for j in range(0, width, span):
             c = (start + j) // span
             write_moments(a, c, f64(shift[j]), sum_of(s, j, span), sum_of(q, j, span))
@@ -276,17 +308,18 @@ def columns_forward(a, thread, threads, stored, param, acc, rows_of_channels):
             fill(k, j, span, mean)
             fill(k, COLUMNS + j, span, scale)
             fill(k, 2 * COLUMNS + j, span, bias)
-        block_apply(offset(x, start), offset(y, start), rows, columns, width, k, COLUMNS, streaming)
-    if streaming:
+        for row in range(rows):
+            bit = row * a[BITS_ROW] + block_bits(a, block, columns)
+            row_apply(a, row * columns + start, bit, width, k, COLUMNS, stored, acc, form)
+    if a[STREAM] != 0:
         fence()
 
 
 @loop
-def columns_backward(a, thread, threads, stored, param, acc, rows_of_channels):
+def columns_backward(a, thread, threads, stored, param, acc, form, rows_of_channels):
     """Both passes of the backward over each of this thread's blocks of columns, all rows."""
-    x, dy, dx, streaming = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[OUT], stored), a[STREAM] != 0
     rows, columns, span = layout(a, rows_of_channels)
-    s, t, k, exact = alloca(COLUMNS, f64), alloca(COLUMNS, f64), alloca(FOUR_COLUMNS, acc), pointer(a[MOMENTS], f64)
+    s, t, k, exact = alloca(COLUMNS, f64), alloca(COLUMNS, f64), alloca(FIVE_COLUMNS, acc), pointer(a[MOMENTS], f64)
     first, last = share((columns + a[BLOCK] - 1) // a[BLOCK], thread, threads)
     for block in range(first, last):
         start = block * a[BLOCK]
@@ -294,60 +327,53 @@ def columns_backward(a, thread, threads, stored, param, acc, rows_of_channels):
         fill(s, 0, width, 0.0)
         fill(t, 0, width, 0.0)
         for j in range(0, width, span):
-            fill(k, j, span, acc(exact[(start + j) // span]))
-        block_backward_sums(a, offset(x, start), offset(dy, start), 0, rows, columns, width, k, s, t)
+            mean, scale, shift = unpacking(a, (start + j) // span, param, acc, form)
+            fill(k, j, span, mean)
+            fill(k, COLUMNS + j, span, scale)
+            fill(k, 4 * COLUMNS + j, span, shift)
+        base = block_bits(a, block, columns)
+        block_backward_sums(a, 0, rows, start, columns, width, base, k, COLUMNS, s, t, stored, acc, form)
         for j in range(0, width, span):
             c = (start + j) // span
             sums = sum_of(s, j, span)
-            products = sum_of(t, j, span) + (f64(k[j]) - exact[c]) * sums
-            _, ca, cb, cc = backward_coefficients(a, c, param, acc, sums, products)
+            products = sum_of(t, j, span) + (f64(acc(exact[c])) - exact[c]) * sums
+            ca, cb, cc = backward_coefficients(a, c, param, acc, sums, products)
             fill(k, COLUMNS + j, span, ca)
             fill(k, 2 * COLUMNS + j, span, cb)
             fill(k, 3 * COLUMNS + j, span, cc)
         if a[OUT] != 0:
-            block_backward_apply(
-                a,
-                offset(x, start),
-                offset(dy, start),
-                offset(dx, start),
-                0,
-                rows,
-                columns,
-                width,
-                k,
-                COLUMNS,
-                streaming,
-            )
-    if streaming:
+            for row in range(rows):
+                row_backward_apply(a, row, start, columns, width, base, k, COLUMNS, stored, acc, form)
+    if a[STREAM] != 0:
         fence()
 
 
 @body
-def rows_forward(a, thread, threads, stored, param, acc):
+def rows_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        columns_forward(a, thread, threads, stored, param, acc, True)
+        columns_forward(a, thread, threads, stored, param, acc, form, True)
     finish(a, 1, thread, threads, stored, param, acc)
 
 
 @body
-def rows_backward(a, thread, threads, stored, param, acc):
-    columns_backward(a, thread, threads, stored, param, acc, True)
+def rows_backward(a, thread, threads, stored, param, acc, form):
+    columns_backward(a, thread, threads, stored, param, acc, form, True)
 
 
 @body
-def small_forward(a, thread, threads, stored, param, acc):
+def small_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        columns_forward(a, thread, threads, stored, param, acc, False)
+        columns_forward(a, thread, threads, stored, param, acc, form, False)
     finish(a, 1, thread, threads, stored, param, acc)
 
 
 @body
-def small_backward(a, thread, threads, stored, param, acc):
-    columns_backward(a, thread, threads, stored, param, acc, False)
+def small_backward(a, thread, threads, stored, param, acc, form):
+    columns_backward(a, thread, threads, stored, param, acc, form, False)
 
 
-@body
-def rows_reduce(a, thread, threads, stored, param, acc):
+@loop
+def rows_reduce(a, thread, threads, stored, acc):
     """Partial sums of many rows: one part is BLOCK rows of all channels."""
     x, rows, columns = pointer(a[X], stored), a[BATCH] * a[SPACE], a[CHANNELS]
     shift = alloca(COLUMNS, acc)
@@ -367,11 +393,9 @@ def rows_reduce(a, thread, threads, stored, param, acc):
                 s[j], q[j] = moved, q[j] + delta * (s[j] + moved)
 
 
-@body
-def rows_backward_reduce(a, thread, threads, stored, param, acc):
-    x, dy = pointer(a[X], stored), pointer(a[DY], stored)
-    rows, columns, exact = a[BATCH] * a[SPACE], a[CHANNELS], pointer(a[MOMENTS], f64)
-    mean = alloca(COLUMNS, acc)
+@loop
+def rows_backward_reduce(a, thread, threads, stored, acc, form):
+    rows, columns, exact, k = a[BATCH] * a[SPACE], a[CHANNELS], pointer(a[MOMENTS], f64), pointer(a[COEFFICIENTS], acc)
     first, last = share(a[PARTS], thread, threads)
     for p in range(first, last):
         row, partials = p * a[BLOCK], offset(pointer(a[PARTIALS], f64), 2 * p * columns)
@@ -379,71 +403,80 @@ def rows_backward_reduce(a, thread, threads, stored, param, acc):
         fill(partials, 0, 2 * columns, 0.0)
         for start in range(0, columns, COLUMNS):
             width = min(COLUMNS, columns - start)
-            for j in range(width):
-                mean[j] = acc(exact[start + j])
-            s, t = offset(partials, start), offset(partials, columns + start)
-            block_backward_sums(a, offset(x, start), offset(dy, start), row, end, columns, width, mean, s, t)
-            for j in range(width):
-                t[j] += (f64(mean[j]) - exact[start + j]) * s[j]
+            s, t, here = offset(partials, start), offset(partials, columns + start), offset(k, start)
+            block_backward_sums(a, row, end, start, columns, width, start, here, columns, s, t, stored, acc, form)
+            for j in range(start, start + width):
+                partials[columns + j] += (f64(acc(exact[j])) - exact[j]) * partials[j]
 
 
 # The second pass takes the rows a stretch at a time, the last stretch first: it is still in cache. (Row by row
 # backwards would defeat the processor's prefetching.)
 
 
-@body
-def rows_apply(a, thread, threads, stored, param, acc):
+@loop
+def rows_apply(a, thread, threads, stored, acc, form):
     """Normalize with given coefficients."""
-    x, y, k, streaming = pointer(a[X], stored), pointer(a[OUT], stored), pointer(a[COEFFICIENTS], acc), a[STREAM] != 0
-    columns = a[CHANNELS]
+    k, columns = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
     first, end = share(a[BATCH] * a[SPACE], thread, threads)
     stretch = max(STRETCH // columns, 1)
     while end > first:
         start = max(end - stretch, first)
-        at = start * columns
-        block_apply(offset(x, at), offset(y, at), end - start, columns, columns, k, columns, streaming)
+        for row in range(start, end):
+            row_apply(a, row * columns, row * a[BITS_ROW], columns, k, columns, stored, acc, form)
         end = start
-    if streaming:
+    if a[STREAM] != 0:
         fence()
 
 
-@body
-def rows_backward_apply(a, thread, threads, stored, param, acc):
-    x, dy, dx, k = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[OUT], stored), pointer(a[COEFFICIENTS], acc)
-    columns, streaming = a[CHANNELS], a[STREAM] != 0
+@loop
+def rows_backward_apply(a, thread, threads, stored, acc, form):
+    k, columns = pointer(a[COEFFICIENTS], acc), a[CHANNELS]
     first, end = share(a[BATCH] * a[SPACE], thread, threads)
     stretch = max(STRETCH // columns, 1)
     while end > first:
         start = max(end - stretch, first)
-        block_backward_apply(a, x, dy, dx, start, end, columns, columns, k, columns, streaming)
+        for row in range(start, end):
+            row_backward_apply(a, row, 0, columns, columns, 0, k, columns, stored, acc, form)
         end = start
-    if streaming:
+    if a[STREAM] != 0:
         fence()
 
 
-# One launch for two separate passes and what lies between them.
+# One launch for separate passes and what lies between them.
 
 
 @body
-def rows_split_forward(a, thread, threads, stored, param, acc):
+def rows_split_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        rows_reduce(a, thread, threads, stored, param, acc)
+        rows_reduce(a, thread, threads, stored, acc)
     meet(a)
     if due(a, 1):
         combine(a, thread, threads, stored, param, acc)
     meet(a)
     if due(a, 2):
-        rows_apply(a, thread, threads, stored, param, acc)
-    finish(a, 2, thread, threads, stored, param, acc)
+        rows_apply(a, thread, threads, stored, acc, form)
+    finish(a, 3, thread, threads, stored, param, acc)
 
 
 @body
-def rows_split_backward(a, thread, threads, stored, param, acc):
+def rows_split_backward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        rows_backward_reduce(a, thread, threads, stored, param, acc)
+        backward_prepare(a, thread, threads, param, acc, form)
+    meet(a)
+    if due(a, 1) and sums_wanted(a):
+        rows_backward_reduce(a, thread, threads, stored, acc, form)
+    meet(a)
+    if due(a, 2):
+        backward_combine(a, thread, threads, param, acc)
+    meet(a)
+    if due(a, 3) and a[OUT] != 0:
+        rows_backward_apply(a, thread, threads, stored, acc, form)
+
+
+@body
+def rows_evaluate(a, thread, threads, stored, param, acc, form):
+    if due(a, 0):
+        prepare(a, thread, threads, param, acc)
     meet(a)
     if due(a, 1):
-        backward_combine(a, thread, threads, stored, param, acc)
-    meet(a)
-    if due(a, 2) and a[OUT] != 0:
-        rows_backward_apply(a, thread, threads, stored, param, acc)
+        rows_apply(a, thread, threads, stored, acc, form)

@@ -5,13 +5,30 @@ from __future__ import annotations
 from batchnorm.kernels.loops.channels import (
     backward_coefficients,
     backward_combine,
+    backward_prepare,
     combine,
     finish,
     forward_coefficients,
+    prepare,
+    sums_wanted,
+    unpacking,
     write_moments,
+)
+from batchnorm.kernels.loops.forms import (
+    activated,
+    gradient_at,
+    gradient_pair,
+    input_gradient,
+    put,
+    put_pair,
+    residual_at,
+    residual_pair,
+    unpacked,
 )
 from batchnorm.kernels.loops.slots import (
     BATCH,
+    BITS,
+    BITS_ROW,
     BLOCK,
     CHANNELS,
     COEFFICIENTS,
@@ -19,15 +36,17 @@ from batchnorm.kernels.loops.slots import (
     DY_BATCH,
     DY_CHANNEL,
     DY_SPACE,
-    FOUR_GROUPS,
+    FIVE_GROUPS,
+    GRAD_RESIDUAL,
     GROUP,
     MOMENTS,
     OUT,
+    PARAMETER,
     PARTIALS,
     PARTS,
+    RESIDUAL,
     SPACE,
     STREAM,
-    THREE_GROUPS,
     VALUES,
     X,
     body,
@@ -35,7 +54,9 @@ from batchnorm.kernels.loops.slots import (
     f64,
     loop,
     meet,
+    real,
     share,
+    u8,
 )
 from batchnorm.kernels.simd import (
     alloca,
@@ -48,8 +69,6 @@ from batchnorm.kernels.simd import (
     pointer,
     splat,
     store,
-    store_pair,
-    stream_pair,
     total,
 )
 
@@ -149,75 +168,93 @@ def group_sums(a, x, first, width, origin, shift, s, q, acc):
 
 
 @loop
-def run_apply(x, y, n, mean, scale, shift, streaming):
-    """y = (x − mean)·scale + shift."""
+def run_apply(a, at, bit, n, mean, scale, shift, stored, acc, form):
+    """Normalize n neighbours from `at` on, add the residual, apply the activation."""
+    x, y, streaming = offset(pointer(a[X], stored), at), offset(pointer(a[OUT], stored), at), a[STREAM] != 0
+    r, bits, p = offset(pointer(a[RESIDUAL], stored), at), pointer(a[BITS], u8), acc(real(a, PARAMETER))
     i = 0
-    if streaming:
-        while i + 16 <= n:
-            a, b = load_pair(x, i)
-            stream_pair(y, i, fma(a - mean, scale, shift), fma(b - mean, scale, shift))
-            i += 16
     while i + 16 <= n:
-        a, b = load_pair(x, i)
-        store_pair(y, i, fma(a - mean, scale, shift), fma(b - mean, scale, shift))
+        v, w = load_pair(x, i)
+        rv, rw = residual_pair(r, i, v, form)
+        v = activated(v, rv, mean, scale, shift, bits, bit + i, p, form)
+        w = activated(w, rw, mean, scale, shift, bits, bit + i + 8, p, form)
+        put_pair(y, i, v, w, streaming)
         i += 16
     if i + 8 <= n:
-        store(y, i, fma(load(x, i, 8) - mean, scale, shift))
+        v = load(x, i, 8)
+        put(y, i, activated(v, residual_at(r, i, v, form, 8), mean, scale, shift, bits, bit + i, p, form), streaming)
         i += 8
     while i < n:
-        store(y, i, fma(load(x, i, 1) - mean, scale, shift))
+        v = load(x, i, 1)
+        store(y, i, activated(v, residual_at(r, i, v, form, 1), mean, scale, shift, bits, bit + i, p, form))
         i += 1
 
 
 @loop
-def run_backward_sums(x, dy, step, n, mean):
-    """Σdy and Σdy·(x − mean) in float64; step 0 reads one dy for the whole run (an expanded gradient)."""
+def run_backward_sums(a, at, g, bit, n, k, scale, shift, stored, acc, form):
+    """Σdz and Σdz·(x − mean) in float64 over n neighbours; dy begins at g."""
+    x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
+    r = offset(pointer(a[RESIDUAL], stored), at)
+    step, bits, p = a[DY_SPACE], pointer(a[BITS], u8), acc(real(a, PARAMETER))
     s_all, t_all = splat(0.0, 8), splat(0.0, 8)
     s, t = 0.0, 0.0
     i = 0
-    if step == 0:
-        while i + 16 <= n:
-            a, b = load_pair(x, i)
-            t_all = t_all + convert((a - mean) + (b - mean), f64)
-            i += 16
-        while i < n:
-            t += f64(load(x, i, 1) - mean)
-            i += 1
-        g = f64(load(dy, 0, 1))
-        return g * n, g * (t + total(t_all))
     while i + 32 <= n:
-        g0, g1 = load_pair(dy, i)
-        g2, g3 = load_pair(dy, i + 16)
-        x0, x1 = load_pair(x, i)
-        x2, x3 = load_pair(x, i + 16)
-        t0 = fma(x1 - mean, g1, (x0 - mean) * g0)
-        t1 = fma(x3 - mean, g3, (x2 - mean) * g2)
-        s_all = s_all + convert((g0 + g1) + (g2 + g3), f64)
-        t_all = t_all + convert(t0 + t1, f64)
+        v, w = load_pair(x, i)
+        rv, rw = residual_pair(r, i, v, form)
+        gv, gw = gradient_pair(dy, i, step)
+        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i, p, form)
+        gw, w = unpacked(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, form)
+        s0, t0 = gv + gw, fma(w, gw, v * gv)
+        v, w = load_pair(x, i + 16)
+        rv, rw = residual_pair(r, i + 16, v, form)
+        gv, gw = gradient_pair(dy, i + 16, step)
+        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i + 16, p, form)
+        gw, w = unpacked(gw, w, rw, k, scale, shift, bits, bit + i + 24, p, form)
+        s_all = s_all + convert(s0 + (gv + gw), f64)
+        t_all = t_all + convert(t0 + fma(w, gw, v * gv), f64)
         i += 32
-    while i + 8 <= n:
-        g0 = load(dy, i, 8)
-        s_all = s_all + convert(g0, f64)
-        t_all = t_all + convert((load(x, i, 8) - mean) * g0, f64)
+    if i + 16 <= n:  # a pair again, since only pairs know where their lanes' bits are
+        v, w = load_pair(x, i)
+        rv, rw = residual_pair(r, i, v, form)
+        gv, gw = gradient_pair(dy, i, step)
+        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i, p, form)
+        gw, w = unpacked(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, form)
+        s_all = s_all + convert(gv + gw, f64)
+        t_all = t_all + convert(fma(w, gw, v * gv), f64)
+        i += 16
+    if i + 8 <= n:
+        v = load(x, i, 8)
+        rv, gv = residual_at(r, i, v, form, 8), gradient_at(dy, i, step, 8)
+        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i, p, form)
+        s_all, t_all = s_all + convert(gv, f64), t_all + convert(v * gv, f64)
         i += 8
     while i < n:
-        g = load(dy, i, 1)
-        s, t = s + f64(g), t + f64(g) * f64(load(x, i, 1) - mean)
+        u = load(x, i, 1)
+        ru, gu = residual_at(r, i, u, form, 1), gradient_at(dy, i, step, 1)
+        gu, u = unpacked(gu, u, ru, k, scale, shift, bits, bit + i, p, form)
+        s, t = s + f64(gu), t + f64(gu) * f64(u)
         i += 1
     return s + total(s_all), t + total(t_all)
 
 
 @loop
-def group_backward_sums(a, x, dy, first, width, start, length, s, t, acc):
-    """Σdy and Σdy·(x − mean) of `width` neighbouring channels, over `length` neighbours in every sample."""
-    channels, space, step, exact = a[CHANNELS], a[SPACE], a[DY_SPACE], pointer(a[MOMENTS], f64)
+def group_backward_sums(a, first, width, start, length, k, s, t, stored, acc, form):
+    """Σdz and Σdz·(x − mean) of `width` neighbouring channels, over `length` neighbours in every sample.
+
+    k has the channels' coefficients: GROUP means, GROUP scales … of which the last are shifts.
+    """
+    channels, space, exact = a[CHANNELS], a[SPACE], pointer(a[MOMENTS], f64)
     for j in range(width):
         s[j], t[j] = 0.0, 0.0
     for n in range(a[BATCH]):
         for j in range(width):
             c = first + j
-            at, g = (n * channels + c) * space + start, n * a[DY_BATCH] + c * a[DY_CHANNEL] + start * step
-            ds, dt = run_backward_sums(offset(x, at), offset(dy, g), step, length, acc(exact[c]))
+            run = n * channels + c
+            g = n * a[DY_BATCH] + c * a[DY_CHANNEL] + start * a[DY_SPACE]
+            at, bit = run * space + start, run * a[BITS_ROW] + start
+            mean, scale, shift = k[j], k[GROUP + j], k[4 * GROUP + j]
+            ds, dt = run_backward_sums(a, at, g, bit, length, mean, scale, shift, stored, acc, form)
             s[j] += ds
             t[j] += dt
     for j in range(width):  # what rounding the mean lost
@@ -225,46 +262,55 @@ def group_backward_sums(a, x, dy, first, width, start, length, s, t, acc):
 
 
 @loop
-def run_backward_apply(x, dy, step, dx, n, mean, a, b, c, streaming):
-    """dx = a·dy + b·(x − mean) + c."""
+def run_backward_apply(a, at, g, bit, n, k, ca, cb, cc, shift, stored, acc, form):
+    """dx = A·dz + B·(x − mean) + C, and dz itself for the residual; dy begins at g."""
+    x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
+    r = offset(pointer(a[RESIDUAL], stored), at)
+    dx, dz = offset(pointer(a[OUT], stored), at), offset(pointer(a[GRAD_RESIDUAL], stored), at)
+    gives = a[GRAD_RESIDUAL] != 0
+    step, bits, p, streaming = a[DY_SPACE], pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0
     i = 0
-    if step == 0:  # one dy for the whole run: dx is affine in x alone
-        constant = fma(load(dy, 0, 1), a, c)
-        run_apply(x, dx, n, mean, b, constant, streaming)
-        return
-    if streaming:
-        while i + 16 <= n:
-            g0, g1 = load_pair(dy, i)
-            x0, x1 = load_pair(x, i)
-            stream_pair(dx, i, fma(g0, a, fma(x0 - mean, b, c)), fma(g1, a, fma(x1 - mean, b, c)))
-            i += 16
     while i + 16 <= n:
-        g0, g1 = load_pair(dy, i)
-        x0, x1 = load_pair(x, i)
-        store_pair(dx, i, fma(g0, a, fma(x0 - mean, b, c)), fma(g1, a, fma(x1 - mean, b, c)))
+        v, w = load_pair(x, i)
+        rv, rw = residual_pair(r, i, v, form)
+        gv, gw = gradient_pair(dy, i, step)
+        gv, v = unpacked(gv, v, rv, k, ca, shift, bits, bit + i, p, form)
+        gw, w = unpacked(gw, w, rw, k, ca, shift, bits, bit + i + 8, p, form)
+        put_pair(dx, i, input_gradient(gv, v, ca, cb, cc, form), input_gradient(gw, w, ca, cb, cc, form), streaming)
+        if gives:
+            put_pair(dz, i, gv, gw, streaming)
         i += 16
     if i + 8 <= n:
-        store(dx, i, fma(load(dy, i, 8), a, fma(load(x, i, 8) - mean, b, c)))
+        v = load(x, i, 8)
+        rv, gv = residual_at(r, i, v, form, 8), gradient_at(dy, i, step, 8)
+        gv, v = unpacked(gv, v, rv, k, ca, shift, bits, bit + i, p, form)
+        put(dx, i, input_gradient(gv, v, ca, cb, cc, form), streaming)
+        if gives:
+            put(dz, i, gv, streaming)
         i += 8
     while i < n:
-        store(dx, i, fma(load(dy, i, 1), a, fma(load(x, i, 1) - mean, b, c)))
+        u = load(x, i, 1)
+        ru, gu = residual_at(r, i, u, form, 1), gradient_at(dy, i, step, 1)
+        gu, u = unpacked(gu, u, ru, k, ca, shift, bits, bit + i, p, form)
+        store(dx, i, input_gradient(gu, u, ca, cb, cc, form))
+        if gives:
+            store(dz, i, gu)
         i += 1
 
 
 @body
-def planes_forward(a, thread, threads, stored, param, acc):
+def planes_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        both_passes(a, thread, threads, stored, param, acc)
+        both_passes(a, thread, threads, stored, param, acc, form)
     finish(a, 1, thread, threads, stored, param, acc)
 
 
 @loop
-def both_passes(a, thread, threads, stored, param, acc):
+def both_passes(a, thread, threads, stored, param, acc, form):
     """Both passes over this thread's groups of BLOCK channels; the second backwards, from the warm end of the cache."""
-    x, y = pointer(a[X], stored), pointer(a[OUT], stored)
-    batch, channels, space, streaming = a[BATCH], a[CHANNELS], a[SPACE], a[STREAM] != 0
+    x, batch, channels, space = pointer(a[X], stored), a[BATCH], a[CHANNELS], a[SPACE]
     s, q, origin = alloca(GROUP, f64), alloca(GROUP, f64), alloca(GROUP, f64)
-    shift, k = alloca(GROUP, acc), alloca(THREE_GROUPS, acc)
+    shifts, k = alloca(GROUP, acc), alloca(FIVE_GROUPS, acc)
     first, last = share((channels + a[BLOCK] - 1) // a[BLOCK], thread, threads)
     for group in range(first, last):
         c = group * a[BLOCK]
@@ -272,40 +318,42 @@ def both_passes(a, thread, threads, stored, param, acc):
         if width == 1:
             origin[0], s[0], q[0] = channel_sums(a, x, c, 0, space, acc)
         else:
-            group_sums(a, x, c, width, origin, shift, s, q, acc)
+            group_sums(a, x, c, width, origin, shifts, s, q, acc)
         for j in range(width):
             write_moments(a, c + j, origin[j], s[j], q[j])
             k[j], k[GROUP + j], k[2 * GROUP + j] = forward_coefficients(a, c + j, param, acc)
         for n in range(batch - 1, -1, -1):
             for j in range(width):
-                at = (n * channels + c + j) * space
-                run_apply(offset(x, at), offset(y, at), space, k[j], k[GROUP + j], k[2 * GROUP + j], streaming)
-    if streaming:
+                run = n * channels + c + j
+                mean, scale, shift = k[j], k[GROUP + j], k[2 * GROUP + j]
+                run_apply(a, run * space, run * a[BITS_ROW], space, mean, scale, shift, stored, acc, form)
+    if a[STREAM] != 0:
         fence()
 
 
 @body
-def planes_backward(a, thread, threads, stored, param, acc):
+def planes_backward(a, thread, threads, stored, param, acc, form):
     """Both passes of the backward over each of this thread's groups of BLOCK channels."""
-    x, dy, dx = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[OUT], stored)
-    batch, channels, space, streaming = a[BATCH], a[CHANNELS], a[SPACE], a[STREAM] != 0
-    dy_batch, dy_channel, step = a[DY_BATCH], a[DY_CHANNEL], a[DY_SPACE]
-    s, t, k = alloca(GROUP, f64), alloca(GROUP, f64), alloca(FOUR_GROUPS, acc)
+    batch, channels, space = a[BATCH], a[CHANNELS], a[SPACE]
+    s, t, k = alloca(GROUP, f64), alloca(GROUP, f64), alloca(FIVE_GROUPS, acc)
     first, last = share((channels + a[BLOCK] - 1) // a[BLOCK], thread, threads)
     for group in range(first, last):
         c = group * a[BLOCK]
         width = min(a[BLOCK], channels - c)
-        group_backward_sums(a, x, dy, c, width, 0, space, s, t, acc)
         for j in range(width):
-            coefficients = backward_coefficients(a, c + j, param, acc, s[j], t[j])
-            k[j], k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j] = coefficients
+            k[j], k[GROUP + j], k[4 * GROUP + j] = unpacking(a, c + j, param, acc, form)
+        group_backward_sums(a, c, width, 0, space, k, s, t, stored, acc, form)
+        for j in range(width):
+            ca, cb, cc = backward_coefficients(a, c + j, param, acc, s[j], t[j])
+            k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j] = ca, cb, cc
         if a[OUT] != 0:
             for n in range(batch - 1, -1, -1):
                 for j in range(width):
-                    at, g = (n * channels + c + j) * space, offset(dy, n * dy_batch + (c + j) * dy_channel)
-                    mean, ca, cb, cc = k[j], k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j]
-                    run_backward_apply(offset(x, at), g, step, offset(dx, at), space, mean, ca, cb, cc, streaming)
-    if streaming:
+                    run = n * channels + c + j
+                    at, bit, g = run * space, run * a[BITS_ROW], n * a[DY_BATCH] + (c + j) * a[DY_CHANNEL]
+                    ca, cb, cc, shift = k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j], k[4 * GROUP + j]
+                    run_backward_apply(a, at, g, bit, space, k[j], ca, cb, cc, shift, stored, acc, form)
+    if a[STREAM] != 0:
         fence()
 
 
@@ -316,8 +364,8 @@ def piece(a, index):
     return start, min(a[BLOCK], a[SPACE] - start)
 
 
-@body
-def planes_reduce(a, thread, threads, stored, param, acc):
+@loop
+def planes_reduce(a, thread, threads, stored, acc):
     """Partial sums of few, long channels: one part is a block of neighbours in every sample."""
     x, partials, channels = pointer(a[X], stored), pointer(a[PARTIALS], f64), a[CHANNELS]
     first, last = share(a[PARTS] * channels, thread, threads)
@@ -328,71 +376,83 @@ def planes_reduce(a, thread, threads, stored, param, acc):
         partials[2 * p * channels + c], partials[(2 * p + 1) * channels + c] = s, q
 
 
-@body
-def planes_backward_reduce(a, thread, threads, stored, param, acc):
-    x, dy, partials, channels = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[PARTIALS], f64), a[CHANNELS]
+@loop
+def planes_backward_reduce(a, thread, threads, stored, acc, form):
+    partials, channels, all_k = pointer(a[PARTIALS], f64), a[CHANNELS], pointer(a[COEFFICIENTS], acc)
+    k = alloca(FIVE_GROUPS, acc)
     first, last = share(a[PARTS] * channels, thread, threads)
     for unit in range(first, last):
         p, c = unit // channels, unit % channels
         start, length = piece(a, p)
-        at = 2 * p * channels + c
-        group_backward_sums(a, x, dy, c, 1, start, length, offset(partials, at), offset(partials, at + channels), acc)
+        k[0], k[GROUP], k[4 * GROUP] = all_k[c], all_k[channels + c], all_k[4 * channels + c]
+        s = offset(partials, 2 * p * channels + c)
+        group_backward_sums(a, c, 1, start, length, k, s, offset(s, channels), stored, acc, form)
 
 
-@body
-def planes_apply(a, thread, threads, stored, param, acc):
+@loop
+def planes_apply(a, thread, threads, stored, acc, form):
     """Normalize with given coefficients, in memory order."""
-    x, y, k = pointer(a[X], stored), pointer(a[OUT], stored), pointer(a[COEFFICIENTS], acc)
-    channels, space, parts, streaming = a[CHANNELS], a[SPACE], a[PARTS], a[STREAM] != 0
+    k, channels, space, parts = pointer(a[COEFFICIENTS], acc), a[CHANNELS], a[SPACE], a[PARTS]
     first, last = share(a[BATCH] * channels * parts, thread, threads)
     for unit in range(first, last):
         run, c = unit // parts, unit // parts % channels
         start, length = piece(a, unit % parts)
-        at = run * space + start
-        run_apply(offset(x, at), offset(y, at), length, k[c], k[channels + c], k[2 * channels + c], streaming)
-    if streaming:
+        mean, scale, shift = k[c], k[channels + c], k[2 * channels + c]
+        run_apply(a, run * space + start, run * a[BITS_ROW] + start, length, mean, scale, shift, stored, acc, form)
+    if a[STREAM] != 0:
         fence()
 
 
-@body
-def planes_backward_apply(a, thread, threads, stored, param, acc):
-    x, dy, dx, k = pointer(a[X], stored), pointer(a[DY], stored), pointer(a[OUT], stored), pointer(a[COEFFICIENTS], acc)
-    channels, space, parts, streaming = a[CHANNELS], a[SPACE], a[PARTS], a[STREAM] != 0
+@loop
+def planes_backward_apply(a, thread, threads, stored, acc, form):
+    k, channels, space, parts = pointer(a[COEFFICIENTS], acc), a[CHANNELS], a[SPACE], a[PARTS]
     first, last = share(a[BATCH] * channels * parts, thread, threads)
     for unit in range(first, last):
         run, c = unit // parts, unit // parts % channels
         start, length = piece(a, unit % parts)
-        at = run * space + start
-        g = offset(dy, run // channels * a[DY_BATCH] + c * a[DY_CHANNEL] + start * a[DY_SPACE])
-        mean, ca, cb, cc = k[c], k[channels + c], k[2 * channels + c], k[3 * channels + c]
-        run_backward_apply(offset(x, at), g, a[DY_SPACE], offset(dx, at), length, mean, ca, cb, cc, streaming)
-    if streaming:
+        at, bit = run * space + start, run * a[BITS_ROW] + start
+        g = run // channels * a[DY_BATCH] + c * a[DY_CHANNEL] + start * a[DY_SPACE]
+        ca, cb, cc, shift = k[channels + c], k[2 * channels + c], k[3 * channels + c], k[4 * channels + c]
+        run_backward_apply(a, at, g, bit, length, k[c], ca, cb, cc, shift, stored, acc, form)
+    if a[STREAM] != 0:
         fence()
 
 
-# One launch for two separate passes and what lies between them.
+# One launch for separate passes and what lies between them.
 
 
 @body
-def planes_split_forward(a, thread, threads, stored, param, acc):
+def planes_split_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        planes_reduce(a, thread, threads, stored, param, acc)
+        planes_reduce(a, thread, threads, stored, acc)
     meet(a)
     if due(a, 1):
         combine(a, thread, threads, stored, param, acc)
     meet(a)
     if due(a, 2):
-        planes_apply(a, thread, threads, stored, param, acc)
-    finish(a, 2, thread, threads, stored, param, acc)
+        planes_apply(a, thread, threads, stored, acc, form)
+    finish(a, 3, thread, threads, stored, param, acc)
 
 
 @body
-def planes_split_backward(a, thread, threads, stored, param, acc):
+def planes_split_backward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        planes_backward_reduce(a, thread, threads, stored, param, acc)
+        backward_prepare(a, thread, threads, param, acc, form)
+    meet(a)
+    if due(a, 1) and sums_wanted(a):
+        planes_backward_reduce(a, thread, threads, stored, acc, form)
+    meet(a)
+    if due(a, 2):
+        backward_combine(a, thread, threads, param, acc)
+    meet(a)
+    if due(a, 3) and a[OUT] != 0:
+        planes_backward_apply(a, thread, threads, stored, acc, form)
+
+
+@body
+def planes_evaluate(a, thread, threads, stored, param, acc, form):
+    if due(a, 0):
+        prepare(a, thread, threads, param, acc)
     meet(a)
     if due(a, 1):
-        backward_combine(a, thread, threads, stored, param, acc)
-    meet(a)
-    if due(a, 2) and a[OUT] != 0:
-        planes_backward_apply(a, thread, threads, stored, param, acc)
+        planes_apply(a, thread, threads, stored, acc, form)

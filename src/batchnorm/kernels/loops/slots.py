@@ -8,20 +8,21 @@ from numba import types
 from batchnorm.kernels.simd import call_int, call_void, reinterpret
 
 f32, f64 = types.float32, types.float64
-i64 = types.int64
+i64, u8 = types.int64, types.uint8
 
 # The one argument of every entry: a block of 8-byte slots, in this order (`cpu.py` packs it).
 (
     X, DY, OUT, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, COUNTER, MOMENTS, COEFFICIENTS, PARTIALS,
-    GRAD_WEIGHT, GRAD_BIAS,
-    BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM, EPS, FACTOR, SHARE,
+    GRAD_WEIGHT, GRAD_BIAS, RESIDUAL, GRAD_RESIDUAL, BITS, BITS_ROW,
+    BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM,
+    EPS, FACTOR, SHARE, PARAMETER,
     THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGE,
-) = range(32)  # fmt: skip
+) = range(37)  # fmt: skip
 
 COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
-FOUR_COLUMNS = 4 * COLUMNS
+FIVE_COLUMNS = 5 * COLUMNS
 GROUP = 16  # the most channels whose short runs are read together
-THREE_GROUPS, FOUR_GROUPS = 3 * GROUP, 4 * GROUP
+FIVE_GROUPS = 5 * GROUP
 STRETCH = 32768  # values that are read forwards in a pass that goes backwards
 VALUES = 2048  # that many values of a channel share a shift and sum up in float32
 
