@@ -126,6 +126,7 @@ def given_plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) 
     return _planned((shape, strides), dtype, ("planes", batch, channels, space), False, *_cut_planes(space))
 
 
+@lru_cache(maxsize=4096)
 def _planned(
     layout: tuple[torch.Size, tuple[int, ...]],
     dtype: torch.dtype,

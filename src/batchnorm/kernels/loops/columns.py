@@ -202,19 +202,18 @@ def unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes):
     return unpacked(gv, v, residual_at(r, i, v, form, lanes), mean, scale, shift, bits, bit, p, form)
 
 
-@lanewise
-def four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form, lanes):
-    if lanes == 8:  # rows are short stretches of memory, which the processor's own prefetching serves badly
-        for row in range(4, 8):
-            prefetch(x, at + row * stride + j)
-            prefetch(dy, g0 + row * (g1 - g0) + j)
-    a, v = unpacked_at(x, dy, r, at + j, g0, j, k, gap, bits, bit + j, p, form, lanes)
-    b, w = unpacked_at(x, dy, r, at + stride + j, g1, j, k, gap, bits, bit + line + j, p, form, lanes)
+@loop
+def four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form):
+    for row in range(4, 8):  # rows are short stretches of memory, which the processor's own prefetching serves badly
+        prefetch(x, at + row * stride + j)
+        prefetch(dy, g0 + row * (g1 - g0) + j)
+    a, v = unpacked_at(x, dy, r, at + j, g0, j, k, gap, bits, bit + j, p, form, 8)
+    b, w = unpacked_at(x, dy, r, at + stride + j, g1, j, k, gap, bits, bit + line + j, p, form, 8)
     sums, products = a + b, fma(w, b, v * a)
-    a, v = unpacked_at(x, dy, r, at + 2 * stride + j, g2, j, k, gap, bits, bit + 2 * line + j, p, form, lanes)
-    b, w = unpacked_at(x, dy, r, at + 3 * stride + j, g3, j, k, gap, bits, bit + 3 * line + j, p, form, lanes)
-    store(s, j, load(s, j, lanes) + convert(sums + (a + b), f64))
-    store(t, j, load(t, j, lanes) + convert(products + fma(w, b, v * a), f64))
+    a, v = unpacked_at(x, dy, r, at + 2 * stride + j, g2, j, k, gap, bits, bit + 2 * line + j, p, form, 8)
+    b, w = unpacked_at(x, dy, r, at + 3 * stride + j, g3, j, k, gap, bits, bit + 3 * line + j, p, form, 8)
+    store(s, j, load(s, j, 8) + convert(sums + (a + b), f64))
+    store(t, j, load(t, j, 8) + convert(products + fma(w, b, v * a), f64))
 
 
 @lanewise
@@ -234,10 +233,12 @@ def block_backward_sums(a, first, last, start, stride, width, base, k, gap, s, t
         g0, g1, g2, g3 = dy_row(a, row), dy_row(a, row + 1), dy_row(a, row + 2), dy_row(a, row + 3)
         j = 0
         while j + 8 <= width:
-            four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form, 8)
+            four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form)
             j += 8
         while j < width:
-            four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form, 1)
+            for i in range(row, row + 4):
+                at, bit, g = i * stride + start, i * a[BITS_ROW] + base, dy_row(a, i)
+                one_row_backward(x, dy, r, at + j, g, j, k, gap, s, t, bits, bit + j, p, form, 1)
             j += 1
         row += 4
     while row < last:

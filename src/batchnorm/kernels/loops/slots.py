@@ -26,9 +26,10 @@ FIVE_GROUPS = 5 * GROUP
 STRETCH = 32768  # values that are read forwards in a pass that goes backwards
 VALUES = 2048  # that many values of a channel share a shift and sum up in float32
 
-loop = numba.njit(error_model="numpy", forceinline=True)  # no fast-math: NaN must stay NaN, and sums keep their order
-body = numba.njit(error_model="numpy")
-lanewise = numba.njit(error_model="numpy", inline="always")  # inlined before typing, so that `lanes` is known there
+_bare = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # nobody calls them from Python
+loop = numba.njit(forceinline=True, **_bare)  # no fast-math: NaN must stay NaN, and sums keep their order
+body = numba.njit(**_bare)
+lanewise = numba.njit(inline="always", **_bare)  # inlined before typing, so that `lanes` is known there
 
 
 @loop
