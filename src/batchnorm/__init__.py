@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from batchnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.memory import keep_freed_memory as keep_freed_memory
     from batchnorm.moments import Moments as Moments
     from batchnorm.study.compare import compare as compare
 
@@ -31,6 +32,7 @@ _HOME = {
     "LazyBatchNorm3d": "batchnorm.layers",
     "Moments": "batchnorm.moments",
     "compare": "batchnorm.study.compare",
+    "keep_freed_memory": "batchnorm.memory",
 }
 _MODULES = ("functional", "kernels", "layers", "moments")
 
