@@ -16,25 +16,24 @@ import resource, sys, torch, batchnorm
 if sys.argv[1] == "keep":
     assert batchnorm.keep_freed_memory()
 torch.set_num_threads(1)
-faults = []
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(48 * 2**20, dtype=torch.uint8).fill_(1)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(faults[-1])
+net = torch.nn.Sequential(*(batchnorm.BatchNorm1d(4, affine=False) for _ in range(2)))
+for step in range(10):
+    if step == 7:  # the heap has found its size
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    net(torch.ones(3, 4, 2**20, requires_grad=True)).sum().backward()  # 48 MiB each
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(mode: str) -> int:
-    ended = subprocess.run(
-        [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, timeout=120, check=True
-    )
+    command = [sys.executable, "-c", FAULTS, mode]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return int(ended.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_a_large_tensor_finds_its_memory_warm() -> None:
-    assert faults("keep") < 0.05 * faults("leave")
+def test_training_finds_its_memory_warm() -> None:
+    assert faults("keep") < 0.25 * faults("leave")
 
 
 def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch) -> None:

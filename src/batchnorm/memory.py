@@ -19,10 +19,10 @@ def keep_freed_memory(limit: int = 2**30) -> bool:
     than batch normalization itself. What the call sets is what the environment's
     ``GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483647`` would.
 
-    It is for the whole process and cannot be undone: call it once, before the first large tensor. The process keeps what
-    it once used (at most 2 GiB of it at the end of the heap are kept unused), so its resident size stays at its peak.
-    Memory that other threads than the main one allocate may still come from elsewhere. It does nothing where another
-    allocator has been preloaded.
+    It is for the whole process and cannot be undone: call it once, before the first large tensor. The process then
+    holds on to its largest size, which is larger than it was, since what is free lies in pieces (half as much again in
+    a small convolutional network). Memory that other threads than the main one allocate may still come from elsewhere.
+    It does nothing where another allocator has been preloaded.
 
     Args:
         limit: bytes up to which a tensor's memory is kept, at most 2 GiB - 1.
