@@ -200,4 +200,4 @@ def test_evaluation_saves_x_only_if_the_weight_learns() -> None:
         ):
             layer(x)
         sizes = sorted(t.numel() for t in saved)
-        assert sizes == ([5, 10, x.numel()] if learns else [5, 10])
+        assert sizes == ([5, 5, 10, x.numel()] if learns else [5, 5, 10])  # weight, bias, moments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,34 +28,54 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Sample(NamedTuple):
+    """What the operators are called with."""
+
+    x: Tensor
+    weight: bool = True
+    bias: bool = True
+    residual: bool = False
+    activation: str | None = None
+
+
 SAMPLES = {
-    "matrix": (torch.randn(5, 3), True, True),
-    "signal": (torch.randn(5, 3, 67), True, True),
-    "image": (torch.randn(2, 3, 7, 5).double(), True, True),
-    "bfloat16": (torch.randn(2, 3, 7, 5).bfloat16(), True, True),
-    "channels_last": (channels_last(torch.randn(2, 3, 7, 5)), True, True),
-    "gaps": (every_other(torch.randn(2, 3, 7, 5)), True, True),
-    "no_bias": (torch.randn(2, 3, 7, 5), True, False),
-    "plain": (torch.randn(2, 3, 7, 5), False, False),
+    "matrix": Sample(torch.randn(5, 3)),
+    "signal": Sample(torch.randn(5, 3, 67)),
+    "image": Sample(torch.randn(2, 3, 7, 5).double()),
+    "bfloat16": Sample(torch.randn(2, 3, 7, 5).bfloat16()),
+    "channels_last": Sample(channels_last(torch.randn(2, 3, 7, 5))),
+    "gaps": Sample(every_other(torch.randn(2, 3, 7, 5))),
+    "no_bias": Sample(torch.randn(2, 3, 7, 5), bias=False),
+    "plain": Sample(torch.randn(2, 3, 7, 5), weight=False, bias=False),
+    "relu": Sample(torch.randn(2, 3, 7, 5), activation="relu"),
+    "sum": Sample(torch.randn(2, 3, 7, 5), residual=True),
+    "residual": Sample(torch.randn(2, 3, 7, 5), residual=True, activation="relu"),
 }
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_operators_keep_torchs_rules(sample: str) -> None:
-    x, has_weight, has_bias = SAMPLES[sample]
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_keep_torchs_rules(name: str) -> None:
+    x, has_weight, has_bias, has_residual, activation = SAMPLES[name]
     weight = torch.rand(3, dtype=x.dtype) + 0.5 if has_weight else None
     bias = torch.rand(3, dtype=x.dtype) if has_bias else None
+    residual = torch.randn_like(x) if has_residual else None
+    rest = (1e-5, activation, 0.0)
     leaf = x.detach().clone(memory_format=torch.preserve_format)
-    torch.library.opcheck(torch.ops.batchnorm.train, (leaf, weight, bias, 1e-5))
+    torch.library.opcheck(torch.ops.batchnorm.train, (leaf, weight, bias, residual, *rest))
     wanting = [
         None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        for t in (x, weight, bias)
+        for t in (x, weight, bias, residual)
     ]
-    torch.library.opcheck(torch.ops.batchnorm.train, (*wanting, 1e-5))
-    _, moments = torch.ops.batchnorm.train(leaf, weight, bias, 1e-5)
-    for wanted in ([True, has_weight, has_bias], [False, has_weight, False], [True, False, False]):
+    torch.library.opcheck(torch.ops.batchnorm.train, (*wanting, *rest))
+    _, moments = torch.ops.batchnorm.train(leaf, weight, bias, residual, *rest)
+    for wanted in (
+        [True, has_weight, has_bias, has_residual],
+        [False, has_weight, False, False],
+        [True, False, False, False],
+    ):
         torch.library.opcheck(
-            torch.ops.batchnorm.train_backward, (torch.randn_like(leaf), leaf, weight, moments, 1e-5, wanted)
+            torch.ops.batchnorm.train_backward,
+            (torch.randn_like(leaf), leaf, weight, bias, residual, *rest, moments, wanted),
         )
 
 
