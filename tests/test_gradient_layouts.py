@@ -182,7 +182,7 @@ def test_saved_for_backward_are_x_the_parameters_and_two_vectors(affine: bool) -
         layer(x)
     assert kernels.ran().forward == "cpu"
     storages = {t.untyped_storage().data_ptr() for t in saved}
-    own = {t.untyped_storage().data_ptr() for t in (x, layer.weight) if t is not None}
+    own = {t.untyped_storage().data_ptr() for t in (x, layer.weight, layer.bias) if t is not None}
     kept = [t for t in saved if t.untyped_storage().data_ptr() not in own]
     assert [tuple(t.shape) for t in kept] == [(2, 5)]
     assert len(storages) == 2 + 2 * affine

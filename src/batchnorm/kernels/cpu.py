@@ -51,12 +51,14 @@ class Plan(NamedTuple):
     row_bits: int  # of a run's or row's mask
     sizes: tuple[int, int, int, int, int, int, int]  # as the loops' slots BITS_ROW to BLOCK want them
     layout: tuple[torch.Size, tuple[int, ...]]  # shape and strides of the tensor
+    forward: launch.Kernel  # with nothing fused
+    backward: launch.Kernel
 
     def threads(self) -> int:
         return 1 if self.worth_threads == 1 else min(torch.get_num_threads(), self.worth_threads)
 
-    def kernel(self, direction: str, form: Form = PLAIN) -> launch.Kernel:
-        return launch.kernel(f"{self.kind}_{'' if self.fused else 'split_'}{direction}", self.dtype, form)
+    def kernel(self, direction: str, form: Form) -> launch.Kernel:
+        return _kernel(self.kind, self.fused, direction, self.dtype, form)
 
     def bits(self) -> Tensor:
         """Memory for a mask of the tensor, not filled."""
@@ -165,7 +167,13 @@ def _planned(
         row_bits=row_bits,
         sizes=(row_bits, batch, channels, space, strides[1], parts, block),
         layout=layout,
+        forward=_kernel(kind, fused, "forward", dtype, PLAIN),
+        backward=_kernel(kind, fused, "backward", dtype, PLAIN),
     )  # fmt: skip
+
+
+def _kernel(kind: str, fused: bool, direction: str, dtype: torch.dtype, form: Form) -> launch.Kernel:
+    return launch.kernel(f"{kind}_{'' if fused else 'split_'}{direction}", dtype, form)
 
 
 def _whole_bytes(bits: int) -> int:
@@ -250,21 +258,22 @@ def forward(
     mean = var = batches = 0
     factor = 0.0
     if running is not None:
-        mean, var, batches = _address(running.mean), _address(running.var), _address(running.batches)
-        factor = running.factor
+        buffers, factor = running[:3], running.factor
+        mean, var, batches = [0 if t is None else t.data_ptr() for t in buffers]
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
     if fused is None:
-        y, form, residual, bits, parameter = torch.empty_like(x), PLAIN, 0, 0, 0.0
+        y, kernel, residual, bits, parameter = torch.empty_like(x), plan.forward, 0, 0, 0.0
     else:
         y = x if fused.inplace else torch.empty_like(x)
         form, residual, bits, parameter = _form(fused)
+        kernel = plan.kernel("forward", form)
     out = y.data_ptr()
     slots = launch.pack(
         x.data_ptr(), 0, out, _address(weight), _address(bias), mean, var, batches, moments.data_ptr(),
         coefficients, partials, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
         plan.streams and out % 64 == 0, eps, factor, plan.share, parameter,
     )  # fmt: skip
-    plan.kernel("forward", form)(slots, plan.threads(), 2 if plan.fused else 4)
+    kernel(slots, plan.threads(), 2 if plan.fused else 4)
     del memory  # alive until here
     return y, moments
 
@@ -326,14 +335,18 @@ def backward(
     grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
     grad_residual = torch.empty_like(x) if residual_wanted else None
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 5)
-    form, residual, bits, parameter = (PLAIN, 0, 0, 0.0) if fused is None else _form(fused, given)
+    if fused is None:
+        kernel, residual, bits, parameter = plan.backward, 0, 0, 0.0
+    else:
+        form, residual, bits, parameter = _form(fused, given)
+        kernel = plan.kernel("backward", form)
     out, dz = _address(dx), _address(grad_residual)
     slots = launch.pack(
         x.data_ptr(), dy.data_ptr(), out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
         coefficients, partials, _address(grad_weight), _address(grad_bias), residual, dz, bits, *plan.sizes, *strides,
         plan.streams and out % 64 == 0 and dz % 64 == 0, eps, 0.0, 0.0 if given else plan.share, parameter,
     )  # fmt: skip
-    plan.kernel("backward", form)(slots, plan.threads(), 1 if plan.fused else 4)
+    kernel(slots, plan.threads(), 1 if plan.fused else 4)
     del memory
     return Gradients(dx if wanted[0] else None, grad_weight, grad_bias, grad_residual)
 
