@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.moments import Moments as Moments
     from batchnorm.study.compare import compare as compare
+    from batchnorm.surgery.convert import convert as convert
+    from batchnorm.surgery.convert import revert as revert
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,8 @@ _HOME = {
     "LazyBatchNorm3d": "batchnorm.layers",
     "Moments": "batchnorm.moments",
     "compare": "batchnorm.study.compare",
+    "convert": "batchnorm.surgery.convert",
+    "revert": "batchnorm.surgery.convert",
 }
 _MODULES = ("functional", "kernels", "layers", "moments")
 

@@ -1,0 +1,53 @@
+"""The batch normalization layers of a model: which are torch.nn's, which are ours, which are somebody else's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm import layers
+
+__all__ = ["OURS", "TORCHS", "hooks_of", "is_batch_norm", "names_of", "obstacle"]
+
+_KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
+OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
+TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is, or says that it is, batch normalization of any make."""
+    return any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All qualified names of every module; more than one for a shared one."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found
+
+
+def obstacle(layer: Any) -> str | None:
+    """Why a batch normalization layer cannot become ours; None if it can, or is."""
+    kind = type(layer)
+    if kind not in OURS and kind not in TORCHS:
+        if kind is nn.SyncBatchNorm:
+            return "SyncBatchNorm: its statistics are over all processes"
+        if issubclass(kind, tuple(OURS)):
+            return f"{kind.__name__} is a subclass, which may compute something else"
+        return f"{kind.__name__} is not torch.nn's batch normalization"
+    if "forward" in vars(layer):
+        return "its forward has been replaced"
+    if layer.momentum is not None and not 0 <= layer.momentum <= 1:
+        return f"momentum {layer.momentum:g} is not between 0 and 1"
+    if layer.eps <= 0:
+        return f"eps {layer.eps:g} is not above 0"
+    return None
+
+
+def hooks_of(module: nn.Module) -> bool:
+    """Whether something watches or changes the module's inputs, outputs or their gradients."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
