@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from batchnorm.study.compare import compare as compare
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
+    from batchnorm.surgery.fuse import fuse as fuse
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOME = {
     "Moments": "batchnorm.moments",
     "compare": "batchnorm.study.compare",
     "convert": "batchnorm.surgery.convert",
+    "fuse": "batchnorm.surgery.fuse",
     "revert": "batchnorm.surgery.convert",
 }
 _MODULES = ("functional", "kernels", "layers", "moments")

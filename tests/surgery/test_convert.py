@@ -190,10 +190,12 @@ def test_a_reverted_model_loads_where_this_package_is_not(tmp_path: Path) -> Non
     model = network()
     batchnorm.convert(model)
     model(image())
-    batchnorm.revert(model.eval())
-    file = tmp_path / "model.pickle"
-    file.write_bytes(pickle.dumps((model, image(), model(image()).detach())))
-    subprocess.run([sys.executable, "-c", WITHOUT_US, str(file)], check=True, timeout=120)
+    fused = batchnorm.fuse(model).model
+    for given in (model, fused):
+        batchnorm.revert(given.eval())
+        file = tmp_path / "model.pickle"
+        file.write_bytes(pickle.dumps((given, image(), given(image()).detach())))
+        subprocess.run([sys.executable, "-c", WITHOUT_US, str(file)], check=True, timeout=120)
 
 
 def test_copies_of_a_converted_model_are_ours() -> None:

@@ -19,7 +19,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is, or says that it is, batch normalization of any make."""
-    return any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
+    named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
+    return named or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:

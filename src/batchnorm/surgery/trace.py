@@ -1,0 +1,128 @@
+"""What a module's forward does, as a graph: torch.fx, with its silent mistakes turned into refusals."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from batchnorm.surgery.find import is_batch_norm
+
+__all__ = ["Untraceable", "is_container", "takes_fixed_arguments", "trace"]
+
+Leaf = Callable[[nn.Module], bool]
+
+
+class Untraceable(Exception):
+    """A forward that a graph cannot stand for; the message says why."""
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module is not a building block of torch.nn, and so may be looked into."""
+    return isinstance(module, nn.Sequential) or not (
+        type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) or is_batch_norm(module)
+    )
+
+
+def takes_fixed_arguments(module: nn.Module) -> bool:
+    """Whether every call has the same arguments; optional ones are cases, of which a graph knows one."""
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
+    """Record what a module's forward does with its arguments.
+
+    Tracing runs the forward once and believes what happened. So it runs twice, in training with gradients and in
+    evaluation without; a forward that does not do the same both times, or has effects besides its result, is refused.
+
+    Args:
+        module: it is left as it was.
+        leaf: whether to record a call of a submodule as a call, rather than what happens inside.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    graphs = []
+    with _restored(module):
+        for training in (True, False):
+            for part in module.modules():
+                part.training = training
+            with torch.set_grad_enabled(training):
+                graphs.append(_traced(module, leaf))
+    if str(graphs[0]) != str(graphs[1]):
+        raise Untraceable("training and evaluation, or two runs, differ in more than its layers")
+    return graphs[0]
+
+
+def _traced(module: nn.Module, leaf: Leaf) -> fx.Graph:
+    draws = torch.get_rng_state(), random.getstate()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they will come when the model runs
+            graph = _Tracer(leaf).trace(module)
+    except Untraceable:
+        raise
+    except Exception as error:  # whatever a forward does when it is given no tensors
+        first_line = (str(error).splitlines() or [""])[0]
+        raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+    finally:
+        drawn = not torch.equal(draws[0], torch.get_rng_state()) or draws[1] != random.getstate()
+        torch.set_rng_state(draws[0])
+        random.setstate(draws[1])
+    if drawn:
+        raise Untraceable("it draws random numbers that are no function of its input")
+    return graph
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Put attributes back, and refuse a forward that set any."""
+    before = {part: dict(vars(part)) for part in module.modules()}
+    changed = False
+    try:
+        yield
+    finally:
+        for part, attributes in before.items():
+            attributes["training"], vars(part)["training"] = (attributes["training"],) * 2
+            now = vars(part)
+            if now.keys() != attributes.keys() or any(now[name] is not attributes[name] for name in now):
+                changed = True
+                now.clear()
+                now.update(attributes)
+    if changed:
+        raise Untraceable("its forward sets attributes")
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaf: Leaf) -> None:
+        super().__init__()
+        self._leaf = leaf
+        self._surroundings = _surroundings()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._leaf(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self._surroundings:
+            raise Untraceable("it computes under no_grad, autocast or the like, which a graph does not keep")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            if all(a is not buffer for buffer in self.root.buffers()):
+                raise Untraceable("it makes a tensor that is no function of its input")
+        return super().create_arg(a)
+
+
+def _surroundings() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), (
+        torch.is_autocast_enabled("cuda")
+    )
