@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, obstacle
+from batchnorm.surgery.rewrite import Absorbed
+from batchnorm.surgery.undo import undo
 
 __all__ = ["Converted", "convert", "revert"]
 
@@ -18,7 +20,7 @@ class Converted:
     """What was done to a model.
 
     Attributes:
-        converted: the qualified name of every layer that changed, and the class that it has now. A layer with several
+        converted: the qualified name of every module that changed, and the class that it has now. A layer with several
             names is listed under the first.
         skipped: the name of every batch normalization layer that was left as it was, and why.
     """
@@ -70,30 +72,44 @@ def take_over(layer: nn.Module) -> None:
 
 
 def revert(model: nn.Module) -> Converted:
-    """Make every layer of ours in a model ``torch.nn``'s again, in place; the opposite of ``convert``.
+    """Make every layer of ours in a model ``torch.nn``'s again, in place; the opposite of ``convert`` and of ``fuse``.
 
-    A model that only held layers of ours for batch normalization can then be pickled and loaded without this package.
-    torch.nn runs half-precision parameters only with statistics of their dtype: such statistics are rounded to it.
-    Without a memory to save, ``inplace`` is dropped.
+    Fused activations and forwards go back to the modules that had them. A model of which nothing was left can be
+    pickled and loaded without this package. torch.nn runs half-precision parameters only with statistics of their
+    dtype: such statistics are rounded to it. ``inplace``, which changes memory and not results, is dropped.
 
     Args:
         model: any module; it may be a layer of ours itself.
 
     Returns:
-        What was reverted, and what was left: a layer with an activation of its own has no equal in torch.nn.
+        What was reverted, and what was left: a layer that was made with an activation has no equal in torch.nn, and
+        a part of a fused model may be fused with another part.
+
+    Example:
+        >>> fused = batchnorm.fuse(model).model
+        >>> batchnorm.revert(fused)
     """
-    converted, skipped = {}, {}
+    converted, staying = undo(model)
+    skipped = {}
     for name, module in model.named_modules():
-        if type(module) not in TORCHS:
-            if is_batch_norm(module) and issubclass(type(module), tuple(TORCHS)):
-                skipped[name] = f"{type(module).__name__} is a subclass, which may compute something else"
-            continue
-        if vars(module).get("activation") is not None:
-            skipped[name] = _has_activation(module)
-            continue
-        _give_back(module)
-        converted[name] = type(module).__name__
+        reason = staying.get(module) or _nothing_like(module)
+        if reason is not None:
+            skipped[name] = reason
+        elif type(module) in TORCHS:
+            _give_back(module)
+            converted[name] = type(module).__name__
     return Converted(converted, skipped)
+
+
+def _nothing_like(module: Any) -> str | None:
+    """Why torch.nn cannot do what a module of ours does; None if it can, or if the module is not ours."""
+    if isinstance(module, Absorbed):
+        return "it stands for an activation of a layer outside: revert the whole model"
+    if type(module) in TORCHS:
+        return None if module.activation is None else _has_activation(module)
+    if isinstance(module, tuple(TORCHS)):
+        return f"{type(module).__name__} is a subclass, which may compute something else"
+    return None
 
 
 def _has_activation(layer: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.kernels import using
+from batchnorm.surgery.find import shadow
 from batchnorm.surgery.patterns import Form, has_additions
 
-__all__ = ["Calls", "calls_of", "forms_of", "forward", "modes_kept", "seeded"]
+__all__ = ["Calls", "calls_of", "forms_of", "forward", "seeded"]
 
 Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 
@@ -26,17 +26,6 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module's mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -57,8 +46,7 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 def calls_of(model: nn.Module, inputs: Any) -> Calls:
     """Run a copy of the model once, in evaluation, and note with what every module is called."""
-    twin = copy.deepcopy(model).eval()
-    original = dict(zip(twin.modules(), model.modules(), strict=True))
+    twin, original = shadow(model)
     calls: Calls = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,7 +56,7 @@ def calls_of(model: nn.Module, inputs: Any) -> Calls:
         if module._modules:
             module.register_forward_pre_hook(note, with_kwargs=True)
     with seeded(model), torch.no_grad(), using("aten"):
-        forward(twin, inputs)
+        forward(twin.eval(), inputs)
     return calls
 
 
@@ -93,10 +81,11 @@ def forms_of(
     found: dict[fx.Node, set[Form]] = {}
     if not has_additions(graph):
         return found
-    runnable = fx.GraphModule(module, graph)
-    with modes_kept(module), seeded(module), torch.no_grad(), using("aten"):
-        for part in module.modules():
-            part.training = False
+    twin, _ = shadow(module)
+    for part in twin.modules():
+        part.training = False
+    runnable = fx.GraphModule(twin, graph)
+    with seeded(module), torch.no_grad(), using("aten"):
         for args, kwargs in calls:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             _Forms(runnable, found).run(*bound.args)

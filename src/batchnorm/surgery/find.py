@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
 
-__all__ = ["OURS", "TORCHS", "hooks_of", "is_batch_norm", "names_of", "obstacle"]
+__all__ = ["OURS", "TORCHS", "hooks_of", "is_batch_norm", "names_of", "obstacle", "shadow"]
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
 OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
@@ -52,3 +54,13 @@ def obstacle(layer: Any) -> str | None:
 def hooks_of(module: nn.Module) -> bool:
     """Whether something watches or changes the module's inputs, outputs or their gradients."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def shadow(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """Copy a module to try things on; it shares the parameters, which no forward changes, and nothing else.
+
+    Returns:
+        The copy, and for each of its parts the original part.
+    """
+    twin = copy.deepcopy(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
+    return twin, dict(zip(twin.modules(), module.modules(), strict=True))

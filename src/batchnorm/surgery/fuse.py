@@ -6,11 +6,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
 
-from batchnorm.activations import activation_of
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
 from batchnorm.surgery.find import TORCHS
@@ -94,7 +91,6 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
     tracing = Tracing(made, None if example_inputs is None else calls_of(made, example_inputs))
     tracing.run()
     _observe(made, example_inputs, tracing)
-    _same_buffers(made, model)
     errors = None if example_inputs is None else check(model, made, example_inputs)
     return _result(made, tracing, left, errors)
 
@@ -113,16 +109,9 @@ def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
         if isinstance(found, str):
             tracing.reasons[layer] = f"{tracing.unseen[layer]}; observed: {found}"
             continue
-        absorb(model, layer, found, tracing.name(found), activation_of(found))
-        tracing.note(layer, getattr(layer.activation, "name"), "observed")
-
-
-def _same_buffers(model: nn.Module, original: nn.Module) -> None:
-    """Undo what running parts of the model has done."""
-    with torch.no_grad():
-        for ours, theirs in zip(model.buffers(), original.buffers(), strict=True):
-            if not isinstance(theirs, UninitializedTensorMixin):
-                ours.copy_(theirs)
+        module, activation = found
+        absorb(model, layer, module, tracing.name(module), activation)
+        tracing.note(layer, activation.name, "observed")
 
 
 def _result(model: nn.Module, tracing: Tracing, left: dict[str, str], errors: Errors | None) -> Fused:

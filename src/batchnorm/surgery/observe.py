@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,16 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from batchnorm.activations import activation_of
+from batchnorm.activations import Activation, activation_of
 from batchnorm.kernels import using
 from batchnorm.surgery.example import forward, seeded
-from batchnorm.surgery.find import hooks_of, names_of
+from batchnorm.surgery.find import hooks_of, names_of, shadow
 
 __all__ = ["Witness", "observed"]
 
-# Getters that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
-_VALUES = {Tensor.data, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real, Tensor.imag}  # type: ignore[attr-defined]
-_VALUES_GET = {getter.__get__ for getter in _VALUES}
+# Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
+_VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
+_GETTERS = {getattr(Tensor, name).__get__ for name in _VALUES}
+
+
+Found = tuple[nn.Module, Activation]
 
 
 class Witness(TorchFunctionMode):
@@ -60,13 +62,12 @@ class Witness(TorchFunctionMode):
         self._within.pop()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        silent = getattr(func, "__name__", "") == "__get__" and func not in _VALUES_GET
+        silent = getattr(func, "__name__", "") == "__get__" and func not in _GETTERS
         if not self._within and not silent:
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
                 if id(tensor) in self._outputs:
                     self._outputs[id(tensor)][2].append(getattr(func, "__name__", str(func)))
         return func(*args, **(kwargs or {}))
-
 
     def verdict(self, layer: nn.Module) -> nn.Module | str:
         """The activation that is all that ever reads a layer's output, and reads nothing else; or why there is none."""
@@ -83,7 +84,7 @@ class Witness(TorchFunctionMode):
         return activation if self.fed[activation] == {layer} else "its activation's module serves others too"
 
 
-def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, nn.Module | str]:
+def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, Found | str]:
     """Run a copy of the model in training and in evaluation, and find the activation of each layer, or a reason.
 
     Args:
@@ -92,10 +93,10 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
         layers: to be observed.
 
     Returns:
-        For each layer, the module of the activation that is all that ever reads it and reads nothing else.
+        For each layer, the module of the activation that is all that ever reads it and reads nothing else, and what
+        it computes.
     """
-    twin = copy.deepcopy(model)
-    original = dict(zip(twin.modules(), model.modules(), strict=True))
+    twin, original = shadow(model)
     twins = {module: part for part, module in original.items()}
     names = names_of(model)
     witness = Witness([twins[layer] for layer in layers], [twins[m] for m in names if _known(m)])
@@ -103,18 +104,23 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
     for training in (True, False):
         with seeded(twin), using("aten"), witness:
             forward(twin.train(training), inputs)
-    verdicts: dict[nn.Module, nn.Module | str] = {}
+    verdicts: dict[nn.Module, Found | str] = {}
     for layer in witness.readers:
         verdict = witness.verdict(layer)
         if not isinstance(verdict, str):
-            verdict = original[verdict]
-            if len(names[verdict]) > 1 or hooks_of(verdict):
-                verdict = "its activation's module " + ("has hooks" if hooks_of(verdict) else "is shared")
+            verdict = _usable(original[verdict], names)
         verdicts[original[layer]] = verdict
     return verdicts
 
 
-def _known(module: nn.Module) -> Any:
+def _usable(module: nn.Module, names: dict[nn.Module, list[str]]) -> Found | str:
+    activation = _known(module)
+    if len(names[module]) > 1 or activation is None:
+        return "its activation's module is shared"
+    return "its activation's module has hooks" if hooks_of(module) else (module, activation)
+
+
+def _known(module: nn.Module) -> Activation | None:
     try:
         return activation_of(module)
     except TypeError:

@@ -31,7 +31,7 @@ class Parts(dict[str, nn.Module]):
         return self._prefix + name
 
 
-_IN_PLACE = {torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu}
+_IN_PLACE: dict[Any, Any] = {torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu}
 _METHODS = {"relu": F.relu, "relu_": F.relu}
 _PARAMETER = {"leaky_relu": "negative_slope", "elu": "alpha", "gelu": "approximate"}  # the second argument
 _ADDS = (operator.add, operator.iadd, torch.add)

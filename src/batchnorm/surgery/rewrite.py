@@ -46,7 +46,7 @@ def absorb(model: nn.Module, layer: Any, activation: nn.Module, name: str, known
     setattr(model.get_submodule(parent), key, Absorbed(activation, layer))
 
 
-class Rewritten:
+class Rewritten(nn.Module):
     """Mixed into the class of a module whose forward is now a graph's; everything else is its own class's."""
 
     _graph: ClassVar[fx.Graph]
@@ -55,7 +55,7 @@ class Rewritten:
 
     def __reduce__(self) -> Any:
         # A graph does not pickle; a GraphModule does, as its source.
-        carrier = fx.GraphModule(self, copy.deepcopy(self._graph))  # type: ignore[arg-type]
+        carrier = fx.GraphModule(self, copy.deepcopy(self._graph))
         return _unpickled, (type(self).__mro__[2], carrier, self._layers, self._activated), self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -80,7 +80,9 @@ def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None
     if isinstance(module, Rewritten):
         layers, activated = layers | set(module._layers), activated | set(module._activated)
         restore(module)
-    module.__class__ = _rewritten(type(module), fx.GraphModule(module, graph), tuple(sorted(layers)), tuple(sorted(activated)))
+    module.__class__ = _rewritten(
+        type(module), fx.GraphModule(module, graph), tuple(sorted(layers)), tuple(sorted(activated))
+    )
 
 
 def restore(module: nn.Module) -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import is_batch_norm
+from batchnorm.surgery.find import is_batch_norm, shadow
 
-__all__ = ["Untraceable", "is_container", "takes_fixed_arguments", "trace"]
+__all__ = ["UntraceableError", "is_container", "takes_fixed_arguments", "trace"]
 
 Leaf = Callable[[nn.Module], bool]
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """A forward that a graph cannot stand for; the message says why."""
 
 
@@ -48,18 +47,25 @@ def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
 
     Raises:
-        Untraceable: with the reason.
+        UntraceableError: with the reason.
     """
     graphs = []
-    with _restored(module):
-        for training in (True, False):
-            for part in module.modules():
-                part.training = training
-            with torch.set_grad_enabled(training):
-                graphs.append(_traced(module, leaf))
+    for training in (True, False):
+        twin, parts = shadow(module)
+        for part in twin.modules():
+            part.training = training
+        before = {part: dict(vars(part)) for part in parts}
+        with torch.set_grad_enabled(training):
+            graphs.append(_traced(twin, _through(parts, leaf)))
+        if any(not _same(vars(part), attributes) for part, attributes in before.items()):
+            raise UntraceableError("its forward sets attributes")
     if str(graphs[0]) != str(graphs[1]):
-        raise Untraceable("training and evaluation, or two runs, differ in more than its layers")
+        raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
     return graphs[0]
+
+
+def _through(parts: dict[nn.Module, nn.Module], leaf: Leaf) -> Leaf:
+    return lambda part: leaf(parts[part])
 
 
 def _traced(module: nn.Module, leaf: Leaf) -> fx.Graph:
@@ -68,37 +74,22 @@ def _traced(module: nn.Module, leaf: Leaf) -> fx.Graph:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they will come when the model runs
             graph = _Tracer(leaf).trace(module)
-    except Untraceable:
+    except UntraceableError:
         raise
     except Exception as error:  # whatever a forward does when it is given no tensors
         first_line = (str(error).splitlines() or [""])[0]
-        raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
     finally:
         drawn = not torch.equal(draws[0], torch.get_rng_state()) or draws[1] != random.getstate()
         torch.set_rng_state(draws[0])
         random.setstate(draws[1])
     if drawn:
-        raise Untraceable("it draws random numbers that are no function of its input")
+        raise UntraceableError("it draws random numbers that are no function of its input")
     return graph
 
 
-@contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Put attributes back, and refuse a forward that set any."""
-    before = {part: dict(vars(part)) for part in module.modules()}
-    changed = False
-    try:
-        yield
-    finally:
-        for part, attributes in before.items():
-            attributes["training"], vars(part)["training"] = (attributes["training"],) * 2
-            now = vars(part)
-            if now.keys() != attributes.keys() or any(now[name] is not attributes[name] for name in now):
-                changed = True
-                now.clear()
-                now.update(attributes)
-    if changed:
-        raise Untraceable("its forward sets attributes")
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
 
 
 class _Tracer(fx.Tracer):
@@ -112,17 +103,20 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self._surroundings:
-            raise Untraceable("it computes under no_grad, autocast or the like, which a graph does not keep")
+            raise UntraceableError("it computes under no_grad, autocast or the like, which a graph does not keep")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
-            if all(a is not buffer for buffer in self.root.buffers()):
-                raise Untraceable("it makes a tensor that is no function of its input")
+        known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
+        if not known and all(a is not buffer for buffer in self.root.buffers()):
+            raise UntraceableError("it makes a tensor that is no function of its input")
         return super().create_arg(a)
 
 
 def _surroundings() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), (
-        torch.is_autocast_enabled("cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        (torch.is_autocast_enabled("cuda")),
     )

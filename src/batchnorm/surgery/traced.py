@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from batchnorm.surgery.example import Calls, forms_of
 from batchnorm.surgery.find import TORCHS, hooks_of, is_batch_norm, names_of
 from batchnorm.surgery.patterns import LEAVES, Chain, Parts, calls_of_layers, chain_of
 from batchnorm.surgery.rewrite import absorb, rewrite
-from batchnorm.surgery.trace import Leaf, Untraceable, is_container, takes_fixed_arguments, trace
+from batchnorm.surgery.trace import Leaf, UntraceableError, is_container, takes_fixed_arguments, trace
 
 __all__ = ["Tracing"]
 
@@ -38,13 +39,19 @@ class Tracing:
         self._model, self._calls, self._names = model, calls, names_of(model)
         self._opaque: dict[nn.Module, str] = {}  # what cannot be traced, and why
         self._blind: dict[nn.Module, str] = {}  # what can be traced from outside only
+        self._graphs: dict[nn.Module, tuple[fx.Graph, Leaf]] = {}
         self._seen_in: dict[nn.Module, nn.Module] = {}  # the outermost module whose graph has the layer
         self._with_layers = {m for m in self._names if any(is_batch_norm(part) for part in m.modules())}
 
     def run(self) -> None:
         """Fuse all that can be."""
-        for module in reversed(list(self._names)):  # parents come before their parts in the names
-            if module in self._with_layers and is_container(module) and type(module).forward is not nn.Module.forward:
+        inwards = [module for module in self._names if module in self._with_layers]
+        outwards = inwards[::-1]
+        for module in outwards:
+            self._look_into(module)
+        called = self._called(inwards)
+        for module in outwards:
+            if module in called and module in self._graphs:
                 self._visit(module)
         for layer in self._names:
             if type(layer) in TORCHS and layer not in self.fused:
@@ -77,38 +84,59 @@ class Tracing:
         self.methods[layer] = method
         self.reasons.pop(layer, None)
 
-    # --- one module ---
+    # --- what can be traced ---
 
-    def _visit(self, module: nn.Module) -> None:
+    def _look_into(self, module: nn.Module) -> None:
+        if not is_container(module) or type(module).forward is nn.Module.forward:
+            return
         if "forward" in vars(module):
             self._opaque[module] = "its forward has been replaced"
             return
         if not takes_fixed_arguments(module):  # its callers decide on them, and it is looked into from there
             self._blind[module] = "it takes optional arguments"
             return
-        for leaf in self._leaves(module):
+        for leaf in self._leaves():
             try:
-                graph = trace(module, leaf)
-                break
-            except Untraceable as error:
+                self._graphs[module] = trace(module, leaf), leaf
+            except UntraceableError as error:
                 self._opaque[module] = str(error)
-        else:
-            return
-        self._opaque.pop(module, None)
+            else:
+                self._opaque.pop(module, None)
+                return
+
+    def _leaves(self) -> list[Leaf]:
+        """What to look into: as much as possible; if that fails, only parts with layers; or nothing."""
+
+        def closed(part: nn.Module) -> bool:
+            return not is_container(part) or part in self._opaque or hooks_of(part) or "forward" in vars(part)
+
+        return [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: True]
+
+    def _called(self, inwards: Sequence[nn.Module]) -> set[nn.Module]:
+        """Modules whose forward runs: a part of another one may also be used for its parts or its other methods."""
+        if self._calls is not None:
+            return set(self._calls)
+        called = {self._model}
+        for module in inwards:
+            if module in called and module in self._graphs:
+                paths = {path for node in self._graphs[module][0].nodes for path in _paths(node)}
+                called |= {module.get_submodule(path) for path in paths}
+            elif module in called:  # nothing is known; but who writes a forward lets it be called
+                called |= {part for part in module.children() if not isinstance(part, nn.Sequential)}
+        return called
+
+    # --- one module ---
+
+    def _visit(self, module: nn.Module) -> None:
+        graph, leaf = self._graphs[module]
+        if self.fused:  # its parts may have changed
+            graph = trace(module, leaf)
         found = self._chains(module, graph)
         for layer in list(found):
             if self._absorbed(module, graph, layer, found[layer]):
                 del found[layer]
         if found:
             self._rewrite(module, leaf, found)
-
-    def _leaves(self, module: nn.Module) -> list[Leaf]:
-        """What to look into: as much as possible; if that fails, only parts with layers; or nothing."""
-
-        def closed(part: nn.Module) -> bool:
-            return not is_container(part) or part in self._opaque or hooks_of(part) or "forward" in vars(part)
-
-        return [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: part is not module]
 
     def _chains(self, module: nn.Module, graph: fx.Graph) -> Found:
         parts = Parts(module, self.name(module))
@@ -140,13 +168,13 @@ class Tracing:
     def _absorbed(self, module: nn.Module, graph: fx.Graph, layer: nn.Module, chains: Sequence[Chain]) -> bool:
         """Replace the activation's module, if nothing else uses it: no forward need change."""
         acts = {chain.act for chain in chains}
-        first = chains[0].act
-        if first is None or first.op != "call_module" or any(chain.add is not None for chain in chains):
+        path = _innermost(chains[0].act)
+        if path is None or any(chain.add is not None for chain in chains):
             return False
-        target = str(first.target)
-        activation = module.get_submodule(target)
+        activation = module.get_submodule(path)
         name = self.sole_name(activation)
-        if name is None or {n for n in graph.nodes if n.op == "call_module" and n.target == target} != acts:
+        inside = {node for node in graph.nodes if path in _paths(node)}
+        if name is None or inside != acts or activation.state_dict() or not _takes_one_argument(activation):
             return False
         absorb(self._model, layer, activation, name, chains[0].activation)
         self.note(layer, chains[0], "module replaced")
@@ -187,7 +215,7 @@ class Tracing:
             why = self._opaque.get(around) or self._blind.get(around)
             if why is not None:
                 return f"{name or 'the model'} cannot be traced: {why}"
-        return "it is called where no graph can follow"
+        return "no forward that could be traced calls it"
 
 
 def _inside(module: nn.Module, chain: Chain) -> set[nn.Module]:
@@ -195,8 +223,22 @@ def _inside(module: nn.Module, chain: Chain) -> set[nn.Module]:
     parts = set()
     node = chain.last
     while True:
-        stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-        parts |= {module.get_submodule(path) for path, _ in stack.values()}
+        parts |= {module.get_submodule(path) for path in _paths(node)}
         if node is chain.call:
             return parts
         node = next(a for a in node.all_input_nodes if a is not chain.residual)
+
+
+def _paths(node: fx.Node) -> list[str]:
+    """The names of the submodules within which a node was recorded, from the outermost inwards."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
+    return [path for path, _ in stack.values() if path]
+
+
+def _innermost(node: fx.Node | None) -> str | None:
+    paths = [] if node is None else _paths(node)
+    return paths[-1] if paths else None
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) == 1
