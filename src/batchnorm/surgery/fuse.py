@@ -80,6 +80,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
 
     Raises:
         RuntimeError: if the models' results differ; there is no fused model then.
+        ValueError: if the example gives no output to compare; from torch, if a lazy layer has seen no input.
 
     Example:
         >>> result = batchnorm.fuse(torchvision.models.resnet50(), torch.randn(2, 3, 224, 224))

@@ -60,6 +60,8 @@ class Witness(TorchFunctionMode):
 
     def _finished(self, activation: nn.Module, args: Any, output: Any) -> None:
         self._within.pop()
+        if args and output is args[0]:  # in place: who reads it now reads the activation's
+            self._outputs.pop(id(output), None)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         silent = getattr(func, "__name__", "") == "__get__" and func not in _GETTERS
@@ -107,9 +109,7 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
     verdicts: dict[nn.Module, Found | str] = {}
     for layer in witness.readers:
         verdict = witness.verdict(layer)
-        if not isinstance(verdict, str):
-            verdict = _usable(original[verdict], names)
-        verdicts[original[layer]] = verdict
+        verdicts[original[layer]] = verdict if isinstance(verdict, str) else _usable(original[verdict], names)
     return verdicts
 
 

@@ -236,7 +236,7 @@ def _overwritten(node: fx.Node, parts: Parts) -> fx.Node | None:
         ends_so = name.endswith("_") and not name.endswith("__")
         augmented = node.op == "call_function" and getattr(operator, name, None) is node.target and name.startswith("i")
         in_place = ends_so or name in ("setitem", "__setitem__") or augmented or bool(node.kwargs.get("inplace"))
-        in_place = in_place or (node.op == "call_function" and True in node.args[1:])  # F.relu(x, True)
+        in_place = in_place or any(a is True for a in node.args)  # F.relu(x, True)
     else:
         in_place = False
     return next(iter(node.all_input_nodes), None) if in_place else None

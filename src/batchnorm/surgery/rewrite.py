@@ -76,13 +76,23 @@ def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None
         layer: Any = module.get_submodule(str(chain.call.target))
         layer.activation = chain.activation
         _fuse(graph, chain)
-    graph.lint()
+    graph = _plain(graph)
     if isinstance(module, Rewritten):
         layers, activated = layers | set(module._layers), activated | set(module._activated)
         restore(module)
     module.__class__ = _rewritten(
         type(module), fx.GraphModule(module, graph), tuple(sorted(layers)), tuple(sorted(activated))
     )
+
+
+def _plain(graph: fx.Graph) -> fx.Graph:
+    """The graph without what does not pickle: its tracer, and annotations, which may be mere text."""
+    plain = fx.Graph()
+    plain.output(plain.graph_copy(graph, {}))
+    for node in plain.nodes:
+        node.type = None
+    plain.lint()
+    return plain
 
 
 def restore(module: nn.Module) -> None:
