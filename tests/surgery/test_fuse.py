@@ -280,6 +280,30 @@ def shared() -> nn.Module:
     return model
 
 
+def hooked_activation() -> nn.Module:
+    model = Tail(lambda m, x, y: m.relu(y))
+    model.relu.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def hooked_container(make: Callable[..., nn.Module] = nn.Sequential) -> nn.Module:
+    inner = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    inner.register_forward_hook(lambda *_: None)
+    return make(inner, nn.ReLU())
+
+
+def unreached() -> nn.Module:
+    model = Tail(lambda m, x, y: m.spare(y) if x.sum() > 1e9 else y, spare=nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()))
+    model.spare.bn = nn.BatchNorm2d(2)
+    return model
+
+
+def observed_hooks() -> nn.Module:
+    model = Undecided(nn.ReLU())
+    model.act.register_forward_hook(lambda *_: None)
+    return model
+
+
 class Sub(nn.BatchNorm2d):
     pass
 
@@ -327,6 +351,10 @@ class Optional(Noise):
         return y if raw else F.relu(y)
 
 
+CONTROL_FLOW = (
+    "the model cannot be traced: TraceError: symbolically traced variables cannot be used as inputs to control flow; "
+    "observed: "
+)
 REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "two readers": (lambda: Tail(tail_two_readers), "bn", "its output is read by relu (ReLU) and mul"),
     "between": (lambda: Tail(tail_between), "bn", "followed by mul"),
@@ -350,6 +378,11 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "last": (lambda: Tail(lambda m, x, y: y), "bn", "its output is the model's"),
     "hooks": (hooked, "bn", "it has hooks, which would see the fused output"),
     "shared": (shared, "bn", "it is shared, by bn and alias"),
+    "hooked activation": (hooked_activation, "bn", "followed by relu (ReLU with hooks)"),
+    "hooked container": (hooked_container, "0.1", "0 has hooks, which would see the fused output"),
+    "unreached": (unreached, "spare.0", CONTROL_FLOW + "the example_inputs do not reach it"),
+    "observed, hooks": (observed_hooks, "norm", CONTROL_FLOW + "its activation's module has hooks"),
+    "observed, last": (lambda: Undecided(nn.ReLU()), "second", CONTROL_FLOW + "followed by mean"),
     "subclass": (lambda: nn.Sequential(Sub(2), nn.ReLU()), "0", "Sub is a subclass, which may compute something else"),
     "own activation": (
         lambda: nn.Sequential(batchnorm.BatchNorm2d(2, activation="relu"), nn.ReLU()), "0",
@@ -370,8 +403,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
              "layers; observed: followed by relu or sigmoid"),
     "optional": (Optional, "bn", "the model cannot be traced: it takes optional arguments; observed: followed by relu"),
     "observed, shared": (
-        lambda: Twice(), "norm", "the model cannot be traced: TraceError: symbolically traced variables cannot be used "
-        "as inputs to control flow; observed: its activation's module serves others too",
+        lambda: Twice(), "norm", CONTROL_FLOW + "its activation's module serves others too",
     ),
 }  # fmt: skip
 
@@ -392,6 +424,30 @@ def test_reasons(make: Callable[[], nn.Module], layer: str, reason: str, monkeyp
     result = batchnorm.fuse(make(), image())
     assert layer not in result.fused
     assert result.skipped[layer] == reason
+
+
+def test_activations_that_work_in_place_are_observed_too() -> None:
+    model = randomized(Undecided(nn.ReLU(inplace=True)))
+    result = batchnorm.fuse(model, image())
+    assert result.fused == {"norm": "relu"}
+    assert result.method == {"norm": "observed"}
+    assert_same(step(result.model, image()), step(model, image()))
+
+
+def test_hooks_of_a_rewritten_module_stay() -> None:
+    model, seen = BasicBlock(2, 2), []
+    model.register_forward_hook(lambda module, given, y: seen.append(type(module).__name__))
+    fused = batchnorm.fuse(model, image()).model
+    assert batchnorm.fuse(model).rewritten == ("",)
+    seen.clear()
+    fused(image())
+    assert seen == ["BasicBlock"]
+
+
+def test_torchscript_takes_a_fused_model() -> None:
+    torch.manual_seed(0)
+    fused = batchnorm.fuse(randomized(sequence())).model.eval()
+    torch.testing.assert_close(torch.jit.script(fused)(image()), fused(image()))
 
 
 def test_a_sequence_that_is_not_run_as_one_is_left() -> None:

@@ -28,9 +28,7 @@ def regnet() -> nn.Module:
 
 
 def mobilenet() -> nn.Module:
-    return transformers.MobileNetV1Model(
-        transformers.MobileNetV1Config(depth_multiplier=0.1, min_depth=4, tf_padding=True)
-    )
+    return transformers.MobileNetV1Model(transformers.MobileNetV1Config(depth_multiplier=0.1, min_depth=4))
 
 
 def mobilevit() -> nn.Module:

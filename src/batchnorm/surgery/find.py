@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
 
-__all__ = ["OURS", "TORCHS", "hooks_of", "is_batch_norm", "names_of", "obstacle", "shadow"]
+__all__ = ["OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "names_of", "obstacle", "shadow"]
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
 OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
@@ -54,6 +54,12 @@ def obstacle(layer: Any) -> str | None:
 def hooks_of(module: nn.Module) -> bool:
     """Whether something watches or changes the module's inputs, outputs or their gradients."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def hooked_between(model: nn.Module, first: str, second: str) -> str | None:
+    """The name of a module with hooks around one of two modules, but not around both."""
+    around = [{name[:end] for end, letter in enumerate(name) if letter == "."} for name in (first, second)]
+    return next((name for name in sorted(around[0] ^ around[1]) if hooks_of(model.get_submodule(name))), None)
 
 
 def shadow(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:

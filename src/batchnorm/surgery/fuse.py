@@ -10,7 +10,7 @@ from torch import nn
 
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
-from batchnorm.surgery.find import TORCHS
+from batchnorm.surgery.find import TORCHS, hooked_between
 from batchnorm.surgery.observe import observed
 from batchnorm.surgery.rewrite import absorb
 from batchnorm.surgery.traced import Tracing
@@ -111,6 +111,10 @@ def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
             tracing.reasons[layer] = f"{tracing.unseen[layer]}; observed: {found}"
             continue
         module, activation = found
+        hooked = hooked_between(model, tracing.name(layer), tracing.name(module))
+        if hooked is not None:
+            tracing.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
+            continue
         absorb(model, layer, module, tracing.name(module), activation)
         tracing.note(layer, activation.name, "observed")
 

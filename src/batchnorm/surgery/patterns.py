@@ -120,7 +120,8 @@ def described(node: fx.Node, parts: Parts) -> str:
     """Name a node as its author would."""
     if node.op == "call_module":
         name = str(node.target)
-        return f"{parts.full_name(name)} ({type(parts[name]).__name__})"
+        kind = type(parts[name]).__name__ + (" with hooks" if hooks_of(parts[name]) else "")
+        return f"{parts.full_name(name)} ({kind})"
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

@@ -209,6 +209,8 @@ class Tracing:
     def _blind_spot(self, module: nn.Module) -> str:
         """Which module around this one could not be traced."""
         name = self.name(module)
+        if hooks_of(module) and module is not self._model:
+            return f"{name} has hooks, which see its output"
         while name:
             name = name.rpartition(".")[0]
             around = self._model.get_submodule(name)
