@@ -444,18 +444,23 @@ def test_hooks_of_a_rewritten_module_stay() -> None:
     assert seen == ["BasicBlock"]
 
 
-@pytest.mark.parametrize("make", [sequence, ResNet, lambda: nn.Sequential(BasicBlock(2, 2))])
-def test_torchscript_takes_a_fused_model(make: Callable[[], nn.Module]) -> None:
+def test_torchscript_takes_replaced_modules_and_refuses_rewritten_forwards() -> None:
     torch.manual_seed(0)
-    fused = batchnorm.fuse(randomized(make()), image()).model.eval()
+    fused = batchnorm.fuse(randomized(sequence())).model.eval()
     right = fused(image())
     torch.testing.assert_close(torch.jit.script(fused)(image()), right)
+    fused = batchnorm.fuse(nn.Sequential(BasicBlock(2, 2)), image()).model
+    with pytest.raises(RuntimeError, match=r"forward of BasicBlock: call batchnorm.revert before torch.jit.script"):
+        torch.jit.script(copy.deepcopy(fused))
+    batchnorm.revert(fused)
+    torch.jit.script(fused)
 
 
-def test_torchscript_refuses_what_it_would_get_wrong() -> None:
-    fused = batchnorm.fuse(nn.Sequential(InvertedResidual(2), nn.ReLU()), image()).model
-    with pytest.raises(RuntimeError, match=r"call batchnorm.revert before torch.jit.script"):
-        torch.jit.script(fused)
+def test_export_takes_a_fused_model() -> None:
+    torch.manual_seed(0)
+    fused = batchnorm.fuse(randomized(nn.Sequential(BasicBlock(2, 2))), image()).model.eval()
+    right = fused(image())
+    torch.testing.assert_close(torch.export.export(fused, (image(),)).module()(image()), right)
 
 
 def test_a_sequence_that_is_not_run_as_one_is_left() -> None:

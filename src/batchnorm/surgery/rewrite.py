@@ -65,17 +65,11 @@ class Rewritten(nn.Module):
         return twin
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Give TorchScript, which has no layer that takes a residual, the original forward."""
-        twin = copy.deepcopy(self)
-        for name in self._activated:
-            vars(twin.get_submodule(name)).pop("activation")
-        if any(getattr(twin.get_submodule(name), "activation", None) is not None for name in self._layers):
-            raise RuntimeError(
-                f"an activation outside of {type(self).__name__} is fused with its addition, which TorchScript cannot "
-                "express: call batchnorm.revert before torch.jit.script"
-            )
-        restore(twin)
-        return twin
+        """Refuse: TorchScript's layer takes no residual, and would apply the activation before the addition."""
+        raise RuntimeError(
+            f"TorchScript cannot express the fused forward of {type(self).__name__}: call batchnorm.revert before "
+            "torch.jit.script, or use torch.export"
+        )
 
 
 def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None:
