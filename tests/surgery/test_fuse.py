@@ -416,7 +416,6 @@ class Twice(Undecided):
         return self.act(super().forward(x))
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize(("make", "layer", "reason"), REASONS.values(), ids=REASONS.keys())
 def test_reasons(make: Callable[[], nn.Module], layer: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchnorm.surgery.fuse.check", lambda *_: None)  # noise has nothing to compare
