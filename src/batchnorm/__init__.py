@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from batchnorm.memory import keep_freed_memory as keep_freed_memory
     from batchnorm.moments import Moments as Moments
     from batchnorm.study.compare import compare as compare
+    from batchnorm.surgery.convert import convert as convert
+    from batchnorm.surgery.convert import revert as revert
+    from batchnorm.surgery.fuse import fuse as fuse
 
 __version__ = "0.1.0"
 
@@ -33,6 +36,9 @@ _HOME = {
     "Moments": "batchnorm.moments",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
+    "convert": "batchnorm.surgery.convert",
+    "fuse": "batchnorm.surgery.fuse",
+    "revert": "batchnorm.surgery.convert",
 }
 _MODULES = ("functional", "kernels", "layers", "moments")
 

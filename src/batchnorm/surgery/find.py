@@ -1,0 +1,72 @@
+"""The batch normalization layers of a model: which are torch.nn's, which are ours, which are somebody else's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm import layers
+
+__all__ = ["OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "names_of", "obstacle", "shadow"]
+
+_KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
+OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
+TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is, or says that it is, batch normalization of any make."""
+    named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
+    return named or isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All qualified names of every module; more than one for a shared one."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found
+
+
+def obstacle(layer: Any) -> str | None:
+    """Why a batch normalization layer cannot become ours; None if it can, or is."""
+    kind = type(layer)
+    if kind not in OURS and kind not in TORCHS:
+        if kind is nn.SyncBatchNorm:
+            return "SyncBatchNorm: its statistics are over all processes"
+        if issubclass(kind, tuple(OURS)):
+            return f"{kind.__name__} is a subclass, which may compute something else"
+        return f"{kind.__name__} is not torch.nn's batch normalization"
+    if "forward" in vars(layer):
+        return "its forward has been replaced"
+    if layer.momentum is not None and not 0 <= layer.momentum <= 1:
+        return f"momentum {layer.momentum:g} is not between 0 and 1"
+    if layer.eps <= 0:
+        return f"eps {layer.eps:g} is not above 0"
+    return None
+
+
+def hooks_of(module: nn.Module) -> bool:
+    """Whether something watches or changes the module's inputs, outputs or their gradients."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def hooked_between(model: nn.Module, first: str, second: str) -> str | None:
+    """The name of a module with hooks around one of two modules, but not around both."""
+    around = [{name[:end] for end, letter in enumerate(name) if letter == "."} for name in (first, second)]
+    return next((name for name in sorted(around[0] ^ around[1]) if hooks_of(model.get_submodule(name))), None)
+
+
+def shadow(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """Copy a module to try things on; it shares the parameters, which no forward changes, and nothing else.
+
+    Returns:
+        The copy, and for each of its parts the original part.
+    """
+    twin = copy.deepcopy(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
+    return twin, dict(zip(twin.modules(), module.modules(), strict=True))

@@ -1,0 +1,134 @@
+"""Let the batch normalization layers of a model add the residual and apply the activation behind them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from batchnorm.surgery.convert import convert
+from batchnorm.surgery.example import calls_of
+from batchnorm.surgery.find import TORCHS, hooked_between
+from batchnorm.surgery.observe import observed
+from batchnorm.surgery.rewrite import absorb
+from batchnorm.surgery.traced import Tracing
+from batchnorm.surgery.verify import Errors, check
+
+__all__ = ["Fused", "fuse"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused model, and what was done to it.
+
+    Attributes:
+        model: the new model.
+        fused: for each layer that does more now, by its qualified name, what: "relu", "add", "add + relu", ...
+        skipped: for every other batch normalization layer, why not.
+        method: for each fused layer, how: "module replaced" (the activation's module made room; no forward changed),
+            "forward rewritten" (see ``rewritten``), or "observed" (as the first, found by running the example inputs).
+        rewritten: the names of the modules whose forward is now the one that tracing recorded.
+        max_error: the largest difference of an output or a buffer from the original model's on the example inputs,
+            relative to the largest value of its tensor; None without example inputs.
+        max_gradient_error: the same for the gradients of parameters and inputs.
+    """
+
+    model: nn.Module
+    fused: dict[str, str]
+    skipped: dict[str, str]
+    method: dict[str, str]
+    rewritten: tuple[str, ...]
+    max_error: float | None = None
+    max_gradient_error: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} fused, {len(self.skipped)} left"]
+        lines += [f"  {name or '(the model)'}: {what} ({self.method[name]})" for name, what in self.fused.items()]
+        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
+        if self.max_error is None:
+            lines.append("not verified: give example_inputs")
+        else:
+            lines.append(
+                f"verified: outputs within {self.max_error:.1e}, gradients within {self.max_gradient_error:.1e}"
+            )
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
+    """Make a copy of a model whose batch normalization layers add the residual and apply the activation behind them.
+
+    A fused layer reads and writes memory once where the original did twice or three times, and keeps less for the
+    backward. The copy has the same parameter names, loads the same checkpoints, and can be trained: fuse before
+    building the optimizer, which must hold the copy's parameters. ``batchnorm.revert`` undoes it.
+
+    Layers are found by tracing every module on its own (torch.fx), so that a forward which cannot be traced hides only
+    what it does itself; there, with example inputs, activation modules are found by observing a run. Where an
+    activation's module serves one layer alone it is replaced by a placeholder. Otherwise the forward of the smallest
+    module that contains layer and activation is replaced by the recorded one, in which plain Python values (numbers,
+    flags) are what they were when this function ran.
+
+    Args:
+        model: it is left as it was. Its ``torch.nn`` layers are converted in the copy, as ``batchnorm.convert`` does.
+        example_inputs: the argument of the model, a tuple of its arguments, or a dict of its keyword arguments; more
+            than one sample. They tell shapes, without which additions are left alone, and serve to verify: outputs,
+            buffers and gradients of both models are compared in training and evaluation.
+
+    Returns:
+        The copy, and what was fused and what was left, with the reasons.
+
+    Raises:
+        RuntimeError: if the models' results differ; there is no fused model then.
+        ValueError: if the example gives no output to compare; from torch, if a lazy layer has seen no input.
+
+    Example:
+        >>> result = batchnorm.fuse(torchvision.models.resnet50(), torch.randn(2, 3, 224, 224))
+        >>> print(result)
+        >>> optimizer = torch.optim.SGD(result.model.parameters(), lr=0.1)
+    """
+    made = copy.deepcopy(model)
+    left = convert(made).skipped
+    tracing = Tracing(made, None if example_inputs is None else calls_of(made, example_inputs))
+    tracing.run()
+    _observe(made, example_inputs, tracing)
+    errors = None if example_inputs is None else check(model, made, example_inputs)
+    return _result(made, tracing, left, errors)
+
+
+def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
+    """Look at a run for the layers that no graph shows."""
+    candidates = []
+    for layer, why in tracing.unseen.items():
+        reason = tracing.obstacle(layer)
+        tracing.reasons[layer] = reason or f"{why}; example_inputs would allow to observe it"
+        if reason is None and inputs is not None:
+            candidates.append(layer)
+    if not candidates:
+        return
+    for layer, found in observed(model, inputs, candidates).items():
+        if isinstance(found, str):
+            tracing.reasons[layer] = f"{tracing.unseen[layer]}; observed: {found}"
+            continue
+        module, activation = found
+        hooked = hooked_between(model, tracing.name(layer), tracing.name(module))
+        if hooked is not None:
+            tracing.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
+            continue
+        absorb(model, layer, module, tracing.name(module), activation)
+        tracing.note(layer, activation.name, "observed")
+
+
+def _result(model: nn.Module, tracing: Tracing, left: dict[str, str], errors: Errors | None) -> Fused:
+    layers = {tracing.name(m): m for m in model.modules() if type(m) in TORCHS}
+    fused = {name: tracing.fused[layer] for name, layer in layers.items() if layer in tracing.fused}
+    skipped = {name: tracing.reasons[layer] for name, layer in layers.items() if name not in fused}
+    return Fused(
+        model,
+        fused,
+        left | skipped,
+        {name: tracing.methods[layers[name]] for name in fused},
+        tuple(sorted(tracing.name(module) for module in tracing.rewritten)),
+        None if errors is None else errors.outputs,
+        None if errors is None else errors.gradients,
+    )

@@ -1,0 +1,246 @@
+"""Fuse what tracing can see, module by module, so that one forward that cannot be traced hides nothing but itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from batchnorm.surgery.example import Calls, forms_of
+from batchnorm.surgery.find import TORCHS, hooks_of, is_batch_norm, names_of
+from batchnorm.surgery.patterns import LEAVES, Chain, Parts, calls_of_layers, chain_of
+from batchnorm.surgery.rewrite import absorb, rewrite
+from batchnorm.surgery.trace import Leaf, UntraceableError, is_container, takes_fixed_arguments, trace
+
+__all__ = ["Tracing"]
+
+Found = dict[nn.Module, list[Chain]]
+
+
+class Tracing:
+    """One pass over a model, from its innermost modules outwards.
+
+    Attributes:
+        fused: what was fused into each layer.
+        methods: how.
+        reasons: for the other layers that were seen, why not.
+        unseen: the layers whose output goes where no graph could follow, and why. Observation may still help.
+        rewritten: the modules whose forward was replaced.
+    """
+
+    def __init__(self, model: nn.Module, calls: Calls | None) -> None:
+        self.fused: dict[nn.Module, str] = {}
+        self.methods: dict[nn.Module, str] = {}
+        self.reasons: dict[nn.Module, str] = {}
+        self.unseen: dict[nn.Module, str] = {}
+        self.rewritten: list[nn.Module] = []
+        self._model, self._calls, self._names = model, calls, names_of(model)
+        self._opaque: dict[nn.Module, str] = {}  # what cannot be traced, and why
+        self._blind: dict[nn.Module, str] = {}  # what can be traced from outside only
+        self._graphs: dict[nn.Module, tuple[fx.Graph, Leaf]] = {}
+        self._seen_in: dict[nn.Module, nn.Module] = {}  # the outermost module whose graph has the layer
+        self._with_layers = {m for m in self._names if any(is_batch_norm(part) for part in m.modules())}
+
+    def run(self) -> None:
+        """Fuse all that can be."""
+        inwards = [module for module in self._names if module in self._with_layers]
+        outwards = inwards[::-1]
+        for module in outwards:
+            self._look_into(module)
+        called = self._called(inwards)
+        for module in outwards:
+            if module in called and module in self._graphs:
+                self._visit(module)
+        for layer in self._names:
+            if type(layer) in TORCHS and layer not in self.fused:
+                self._explain(layer)
+
+    def name(self, module: nn.Module) -> str:
+        """The module's first name in the model."""
+        return self._names[module][0]
+
+    def obstacle(self, layer: Any) -> str | None:
+        """Why nothing may be fused into a layer, whatever follows it."""
+        if type(layer) not in TORCHS:
+            return "it is not a layer of ours"
+        if len(self._names[layer]) > 1:
+            return f"it is shared, by {' and '.join(self._names[layer])}"
+        if hooks_of(layer):
+            return "it has hooks, which would see the fused output"
+        if layer.activation is not None:
+            return f"it has the activation {layer.activation.name} already"
+        return "it works in place" if layer.inplace else None
+
+    def sole_name(self, module: nn.Module) -> str | None:
+        """The module's name, if it has only one."""
+        names = self._names[module]
+        return names[0] if len(names) == 1 else None
+
+    def note(self, layer: nn.Module, what: object, method: str) -> None:
+        """Remember what was fused into a layer, perhaps on top of something else."""
+        self.fused[layer] = f"{self.fused[layer]} + {what}" if layer in self.fused else str(what)
+        self.methods[layer] = method
+        self.reasons.pop(layer, None)
+
+    # --- what can be traced ---
+
+    def _look_into(self, module: nn.Module) -> None:
+        if not is_container(module) or type(module).forward is nn.Module.forward:
+            return
+        if "forward" in vars(module):
+            self._opaque[module] = "its forward has been replaced"
+            return
+        if not takes_fixed_arguments(module):  # its callers decide on them, and it is looked into from there
+            self._blind[module] = "it takes optional arguments"
+            return
+        for leaf in self._leaves():
+            try:
+                self._graphs[module] = trace(module, leaf), leaf
+            except UntraceableError as error:
+                self._opaque[module] = str(error)
+            else:
+                self._opaque.pop(module, None)
+                return
+
+    def _leaves(self) -> list[Leaf]:
+        """What to look into: as much as possible; if that fails, only parts with layers; or nothing."""
+
+        def closed(part: nn.Module) -> bool:
+            return not is_container(part) or part in self._opaque or hooks_of(part) or "forward" in vars(part)
+
+        return [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: True]
+
+    def _called(self, inwards: Sequence[nn.Module]) -> set[nn.Module]:
+        """Modules whose forward runs: a part of another one may also be used for its parts or its other methods."""
+        if self._calls is not None:
+            return set(self._calls)
+        called = {self._model}
+        for module in inwards:
+            if module in called and module in self._graphs:
+                paths = {path for node in self._graphs[module][0].nodes for path in _paths(node)}
+                called |= {module.get_submodule(path) for path in paths}
+            elif module in called:  # nothing is known; but who writes a forward lets it be called
+                called |= {part for part in module.children() if not isinstance(part, nn.Sequential)}
+        return called
+
+    # --- one module ---
+
+    def _visit(self, module: nn.Module) -> None:
+        graph, leaf = self._graphs[module]
+        if self.fused:  # its parts may have changed
+            graph = trace(module, leaf)
+        found = self._chains(module, graph)
+        for layer in list(found):
+            if self._absorbed(module, graph, layer, found[layer]):
+                del found[layer]
+        if found:
+            self._rewrite(module, leaf, found)
+
+    def _chains(self, module: nn.Module, graph: fx.Graph) -> Found:
+        parts = Parts(module, self.name(module))
+        forms = None if self._calls is None else forms_of(module, graph, self._calls.get(module, []))
+        calls = calls_of_layers(graph, parts)
+        found: Found = {}
+        claimed: dict[fx.Node, nn.Module] = {}
+        for layer in reversed(calls):  # the last of an addition's operands takes the other one as its residual
+            self._seen_in[layer] = module
+            reason = self.obstacle(layer)
+            chains = [chain_of(call, parts, forms) for call in calls[layer]] if reason is None else []
+            reason = next((chain for chain in chains if isinstance(chain, str)), reason)
+            good = [chain for chain in chains if isinstance(chain, Chain)]
+            if reason is None and len({chain.activation for chain in good}) > 1:
+                reason = "it is called several times, with different things behind it"
+            taken = next((claimed[chain.add] for chain in good if chain.add in claimed), None)
+            if reason is None and taken is not None:
+                reason = f"it is the residual of {self.name(taken)}"
+            if reason is not None:
+                if layer not in self.fused:
+                    self.reasons[layer] = reason
+                continue
+            claimed.update({chain.add: layer for chain in good if chain.add is not None})
+            found[layer] = good
+        return found
+
+    # --- two ways to fuse ---
+
+    def _absorbed(self, module: nn.Module, graph: fx.Graph, layer: nn.Module, chains: Sequence[Chain]) -> bool:
+        """Replace the activation's module, if nothing else uses it: no forward need change."""
+        acts = {chain.act for chain in chains}
+        path = _innermost(chains[0].act)
+        if path is None or any(chain.add is not None for chain in chains):
+            return False
+        activation = module.get_submodule(path)
+        name = self.sole_name(activation)
+        inside = {node for node in graph.nodes if path in _paths(node)}
+        if name is None or inside != acts or activation.state_dict() or not _takes_one_argument(activation):
+            return False
+        absorb(self._model, layer, activation, name, chains[0].activation)
+        self.note(layer, chains[0], "module replaced")
+        return True
+
+    def _rewrite(self, module: nn.Module, leaf: Leaf, found: Found) -> None:
+        """Replace the module's forward by its graph, in which the calls of other parts stay calls."""
+        within = {part for chains in found.values() for chain in chains for part in _inside(module, chain)}
+        holding = {part for part in module.modules() if any(True for _ in part.parameters())}
+        graph = trace(module, lambda part: leaf(part) or (part in holding and part not in within))
+        again = self._chains(module, graph)
+        chains = [chain for layer in found for chain in again.get(layer, [])]
+        if not chains:
+            return
+        rewrite(module, graph, chains)
+        self.rewritten.append(module)
+        for layer in found:
+            if layer in again:
+                self.note(layer, again[layer][0], "forward rewritten")
+
+    # --- why not ---
+
+    def _explain(self, layer: nn.Module) -> None:
+        seen = self._seen_in.get(layer)
+        if seen is None or self.reasons.get(layer) == LEAVES:
+            self.reasons.pop(layer, None)
+            if seen is self._model:
+                self.reasons[layer] = "its output is the model's"
+            else:
+                self.unseen[layer] = self._blind_spot(layer if seen is None else seen)
+
+    def _blind_spot(self, module: nn.Module) -> str:
+        """Which module around this one could not be traced."""
+        name = self.name(module)
+        if hooks_of(module) and module is not self._model:
+            return f"{name} has hooks, which see its output"
+        while name:
+            name = name.rpartition(".")[0]
+            around = self._model.get_submodule(name)
+            why = self._opaque.get(around) or self._blind.get(around)
+            if why is not None:
+                return f"{name or 'the model'} cannot be traced: {why}"
+        return "no forward that could be traced calls it"
+
+
+def _inside(module: nn.Module, chain: Chain) -> set[nn.Module]:
+    """The submodules whose forwards the chain runs through."""
+    parts = set()
+    node = chain.last
+    while True:
+        parts |= {module.get_submodule(path) for path in _paths(node)}
+        if node is chain.call:
+            return parts
+        node = next(a for a in node.all_input_nodes if a is not chain.residual)
+
+
+def _paths(node: fx.Node) -> list[str]:
+    """The names of the submodules within which a node was recorded, from the outermost inwards."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
+    return [path for path, _ in stack.values() if path]
+
+
+def _innermost(node: fx.Node | None) -> str | None:
+    paths = [] if node is None else _paths(node)
+    return paths[-1] if paths else None
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) == 1

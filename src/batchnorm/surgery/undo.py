@@ -1,0 +1,53 @@
+"""Undo what `fuse` did, for the whole of it or for a part that can stand alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm.surgery.find import TORCHS
+from batchnorm.surgery.rewrite import Absorbed, Rewritten, restore
+
+__all__ = ["undo"]
+
+
+def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:
+    """Give activations and forwards back to the modules that had them.
+
+    Args:
+        model: changed in place. What was fused across its border stays.
+
+    Returns:
+        For each module that is what it was, its name and its class; for each layer that must stay, the reason.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    rewritten = [module for module in names if isinstance(module, Rewritten)]
+    owned = {module.layer[0] for module in names if isinstance(module, Absorbed)}
+    owned |= {part for module in rewritten for part in _parts(module, module._activated)}
+    undone: dict[str, str] = {}
+    staying: dict[nn.Module, str] = {}
+    for module in rewritten:
+        if any(_activation(layer) is not None and layer not in owned for layer in _parts(module, module._layers)):
+            reason = "it is fused with an activation outside: revert the whole model"
+            staying.update(dict.fromkeys(_parts(module, module._layers), reason))
+            continue
+        for layer in _parts(module, module._activated):
+            vars(layer).pop("activation")
+        restore(module)
+        undone[names[module]] = type(module).__name__
+    for parent in names:
+        for key, child in parent._modules.items():
+            if isinstance(child, Absorbed) and child.layer[0] in names and child.layer[0] not in staying:
+                vars(child.layer[0]).pop("activation", None)
+                parent._modules[key] = child.original[0].train(child.training)
+                undone[names[child]] = type(child.original[0]).__name__
+    return undone, staying
+
+
+def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [module.get_submodule(name) for name in names]
+
+
+def _activation(layer: Any) -> Any:
+    return layer.activation if type(layer) in TORCHS else None
