@@ -22,7 +22,9 @@ RIVALS = (COMPILED, JAX, ONNX)
 _PACKAGES = {JAX: ("jax",), ONNX: ("onnx", "onnxscript", "onnxruntime")}
 
 
-def rivals(cell: Cell, given: Inputs, operation: Operation) -> tuple[dict[str, Call], dict[str, str]]:
+def rivals(
+    cell: Cell, given: Inputs, operation: Operation, only: tuple[str, ...] = RIVALS
+) -> tuple[dict[str, Call], dict[str, str]]:
     """Build the calls of those that can run a cell; returns them, and for each that cannot be had here, why."""
     builders = {COMPILED: _compiled}
     if cell.layout == "contiguous":  # the others know no layout
@@ -31,13 +33,13 @@ def rivals(cell: Cell, given: Inputs, operation: Operation) -> tuple[dict[str, C
             builders[ONNX] = _onnx
     calls: dict[str, Call] = {}
     left_out: dict[str, str] = {}
-    for name, build in builders.items():
+    for name in (name for name in only if name in builders):
         missing = [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
             continue
         try:
-            built = build(cell, given, operation)
+            built = builders[name](cell, given, operation)
             built()
         except Exception as error:  # a compiler is missing, or versions do not fit
             left_out[name] = f"{type(error).__name__}: {error}"
@@ -117,7 +119,12 @@ def _onnx(cell: Cell, given: Inputs, operation: Operation) -> Call:
     for one, t in zip(session.get_inputs(), given.arguments, strict=True):
         binding.bind_cpu_input(one.name, t.detach().numpy())
     binding.bind_output(session.get_outputs()[0].name)
-    return lambda: session.run_with_iobinding(binding)
+
+    def run() -> Any:
+        session.run_with_iobinding(binding)
+        return binding
+
+    return run
 
 
 def _export(built: nn.Module, arguments: tuple[Tensor, ...], path: Path) -> None:
