@@ -15,24 +15,26 @@ from pathlib import Path
 
 from rich.console import Console
 
-from batchnorm.benchmark import check, grid, machine, memory, page, plans, processes, publish, report
+from batchnorm.benchmark import check, grid, machine, memory, plans, processes, publish, report
 from batchnorm.benchmark.results import Check, Report, Timing
 
 __all__ = ["run"]
 
 
-def run(out: Path, quick: bool, seconds: float | None = None, readme: Path | None = None) -> None:
+def run(out: Path, quick: bool, seconds: float | None = None, publish_to: Path | None = None) -> None:
     """Check, time and report; writes ``benchmark.json``, ``benchmark.md`` and ``benchmark.html`` into `out`.
 
     Args:
         out: directory, made if it is not there.
         quick: a few small cells and short clocks, to see that all works; its figures judge nothing.
         seconds: for how long each operation of a cell is repeated, if not for as long as the plan says.
-        readme: the folder whose ``README.md`` and ``cells.md`` are to show this run.
+        publish_to: the folder whose ``README.md`` and ``cells.md`` are to show this run.
     """
+    from batchnorm.benchmark import page  # which draws; the processes that time import this module, and do not
+
     out.mkdir(parents=True, exist_ok=True)
-    if readme is not None:
-        publish.check(readme, quick)
+    if publish_to is not None:
+        publish.check(publish_to, quick)
     console = Console(width=None if sys.stdout.isatty() else 130)  # a file or a pipe is as wide as the tables
     plan = plans.quick() if quick else plans.full()
     found = measure(plan if seconds is None else replace(plan, seconds=seconds), console)
@@ -41,8 +43,8 @@ def run(out: Path, quick: bool, seconds: float | None = None, readme: Path | Non
         report.save(found, out / "benchmark.md"),
         page.save(found, out / "benchmark.html"),
     ]
-    if readme is not None:
-        paths += publish.publish(found, readme)
+    if publish_to is not None:
+        paths += publish.publish(found, publish_to)
     report.show(found, console)
     for path in paths:
         console.print(f"[dim]{path}[/dim]")

@@ -56,6 +56,8 @@ def time_jobs(
 
 def peaks(cells: list[Cell], advance: Callable[[str, int, int], None]) -> tuple[Memory, ...]:
     """Measure the peak memory of cells; what the profiler has to say is not shown."""
+    if not cells:
+        return ()
     found: list[Memory] = []
     advance(_PEAKS, 0, len(cells))
     with _worker({"peaks": [asdict(cell) for cell in cells]}, {}) as answers:
