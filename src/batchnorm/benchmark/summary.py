@@ -47,10 +47,15 @@ def slower(report: Report) -> list[Timing]:
 
 
 def failures(report: Report) -> list[tuple[str, str]]:
-    """Give what has no figures, and why."""
+    """Give what has no figures, and why; what a rival lacks everywhere is said once."""
     refused = [(check.cell.name, "; ".join(check.problems)) for check in report.checks if check.problems]
     broken = [(f"{t.cell.name}, {t.operation}, {t.regime}", t.problem) for t in report.timings if t.problem]
-    missing = [
-        (f"{t.cell.name}, {t.operation}, {rival}", why) for t in report.timings for rival, why in t.left_out.items()
+    missing: dict[tuple[str, str], list[str]] = {}
+    for t in report.timings:
+        for rival, why in t.left_out.items():
+            missing.setdefault((rival, why), []).append(f"{t.cell.name}, {t.operation}")
+    lacking = [
+        (f"{where[0]}, {rival}" + (f" (and {len(where) - 1} more)" if len(where) > 1 else ""), why)
+        for (rival, why), where in missing.items()
     ]
-    return refused + broken + missing
+    return refused + broken + lacking
