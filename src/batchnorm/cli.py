@@ -65,14 +65,24 @@ def compare(out: Path, seeds: int | None, steps: int | None, quick: bool) -> Non
     show_default=True,
     help="Directory for the measurements.",
 )
-@click.option("--quick", is_flag=True, help="Measure the smallest shapes only.")
-def benchmark(out: Path, quick: bool) -> None:
-    """Time the kernels against torch.nn, after a check that both agree."""
+@click.option("--quick", is_flag=True, help="Measure a few small shapes, to see that all works.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="For how long each operation of a cell is repeated.  [default: 0.15; quick: 0.02]",
+)
+@click.option(
+    "--publish",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder whose README.md and cells.md are to show the results.",
+)
+def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | None) -> None:
+    """Time the kernels against torch.nn and its rivals, after a check that all agree."""
     with _tools():
         from batchnorm.benchmark import run
 
     with _one_line_errors():
-        run(out, quick)
+        run(out, quick, seconds, publish)
 
 
 @contextmanager

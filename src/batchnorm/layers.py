@@ -73,9 +73,16 @@ class _Ours(_Base):
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Give TorchScript, which cannot compile this layer, what does the same in ``torch.nn``, with its tensors."""
+        """Give TorchScript, which cannot compile this layer, what does the same in ``torch.nn``, with its tensors.
+
+        TorchScript puts it in the layer's place in the model that it was given.
+        """
         twin = _torch_twin(self)
-        return twin if self.activation is None else nn.Sequential(twin, module_of(self.activation))
+        if self.activation is not None:
+            twin = nn.Sequential(twin, module_of(self.activation))
+        # TorchScript remembers by id which layers it has seen: an id must not come back while it works.
+        twin.__dict__["_stands_for"] = (self,)
+        return twin
 
 
 def _widen(layer: nn.Module, values: dict[str, Tensor | None] | None = None) -> None:

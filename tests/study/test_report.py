@@ -7,7 +7,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from batchnorm.study import files, report
+from batchnorm import files
+from batchnorm.study import report
 from batchnorm.study.report import render
 from batchnorm.study.results import Comparison
 

@@ -1,4 +1,4 @@
-"""What is measured: the cells of the grid, and the plan of a full and of a quick run."""
+"""What is measured: cells, jobs and plans, and the shapes of the grid."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import torch
 
 Regime = Literal["warm", "fresh"]
 Operation = Literal["forward", "forward+backward", "evaluation"]
-Kind = Literal["layer", "chain"]
+Kind = Literal["layer", "chain", "model"]
+Fused = Literal["bn", "bn+relu", "bn+add+relu"]
 
 REGIMES: tuple[Regime, ...] = get_args(Regime)
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+FUSED: dict[Fused, str] = {"bn": "BN", "bn+relu": "BN+ReLU", "bn+add+relu": "BN+add+ReLU"}
 CHAIN_OPERATIONS: tuple[Operation, ...] = ("forward+backward",)
+MODEL_OPERATIONS: tuple[Operation, ...] = ("forward+backward", "evaluation")
+DTYPES, LAYOUTS = ("float32", "bfloat16"), ("contiguous", "channels_last")
 
 # Channels and side of the feature maps that ResNet-50 normalizes.
 _RESNET50 = (
@@ -25,24 +29,31 @@ _RESNET50 = (
 IMAGES = (*((n, c, s, s) for n in (32, 8) for c, s in _RESNET50), (128, 64, 32, 32))
 OTHERS = ((64, 128, 1000), (65536, 256), (4096, 1024), (256, 128), (32, 64), (4, 32, 32, 64, 64))
 OVERHEAD = ((32, 64), (256, 128))  # where the call itself is what costs
-_FEW = ((32, 64, 56, 56), (8, 256, 14, 14), (32, 2048, 7, 7), *OTHERS)
-_CHAINS = ((8, 64, 56, 56), (32, 256, 14, 14))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One input, as contiguous or channels-last memory, to a layer or to a chain conv → BN → conv."""
+    """One input, as contiguous or channels-last memory, and what it goes through.
+
+    Attributes:
+        kind: a layer; a chain conv → BN → conv; or a whole network.
+        fused: what the layer does besides normalizing. More than that only for images, (N, C, H, W).
+        model: the name of the network, in ``models``.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     layout: str = "contiguous"
     kind: Kind = "layer"
+    fused: Fused = "bn"
+    model: str = ""
 
     @property
     def name(self) -> str:
         """Name the cell in a line."""
-        chain = "conv → BN → conv, " if self.kind == "chain" else ""
-        return f"{chain}{self.size} {self.dtype} {self.layout}"
+        fused = "" if self.fused == "bn" else f"{FUSED[self.fused]}, "
+        what = {"layer": fused, "chain": "conv → BN → conv, ", "model": f"{self.model}, "}[self.kind]
+        return f"{what}{self.size} {self.dtype} {self.layout}"
 
     @property
     def size(self) -> str:
@@ -64,32 +75,46 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """Time one cell: which operations, how many threads, which memory, and whether slow-to-build rivals run too."""
+    """Time one cell: which operations, how many threads, which memory, and in which operations the rivals run too."""
 
     cell: Cell
     threads: int
     regime: Regime
     operations: tuple[Operation, ...] = OPERATIONS
-    rivals: bool = False
+    rivals: tuple[Operation, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run: its jobs, and for how many seconds each operation of a cell is repeated."""
+    """A whole run.
+
+    Attributes:
+        jobs: what is timed.
+        peaks: cells whose peak memory is measured.
+        seconds: for how long each operation of a cell is repeated.
+        quick: whether it is too short to judge by.
+        first_call: whether a process's first call is timed.
+    """
 
     jobs: tuple[Job, ...]
+    peaks: tuple[Cell, ...]
     seconds: float
     quick: bool
     first_call: bool
 
+    @property
+    def timings(self) -> int:
+        """How many figures it gives."""
+        return sum(len(job.operations) for job in self.jobs)
 
-def cells(shapes: tuple[tuple[int, ...], ...]) -> list[Cell]:
+
+def cells(shapes: tuple[tuple[int, ...], ...], fused: Fused = "bn") -> list[Cell]:
     """Every dtype and layout of these shapes; two- and three-dimensional input has one layout."""
     return [
-        Cell(shape, dtype, layout)
+        Cell(shape, dtype, layout, fused=fused)
         for shape in shapes
-        for dtype in ("float32", "bfloat16")
-        for layout in ("contiguous", "channels_last")
+        for dtype in DTYPES
+        for layout in LAYOUTS
         if len(shape) >= 4 or layout == "contiguous"
     ]
 
@@ -97,33 +122,3 @@ def cells(shapes: tuple[tuple[int, ...], ...]) -> list[Cell]:
 def threads() -> int:
     """The number of threads of the main grid: two, if there are two cores."""
     return min(2, os.cpu_count() or 1)
-
-
-def full() -> Plan:
-    """The grid on two threads with both kinds of memory, a part of it on one thread, and the chains."""
-    rivals = {
-        Cell((32, 64, 56, 56)),
-        Cell((32, 64, 56, 56), layout="channels_last"),
-        Cell((8, 256, 14, 14)),
-        Cell((4096, 1024)),
-    }
-    jobs = [
-        Job(cell, threads(), regime, rivals=cell in rivals) for regime in REGIMES for cell in cells((*IMAGES, *OTHERS))
-    ]
-    jobs += [
-        Job(Cell(shape, layout=layout, kind="chain"), threads(), regime, CHAIN_OPERATIONS)
-        for regime in REGIMES
-        for shape in _CHAINS
-        for layout in ("contiguous", "channels_last")
-    ]
-    if threads() > 1:
-        jobs += [Job(cell, 1, "warm") for cell in cells(_FEW)]
-    return Plan(tuple(jobs), seconds=0.25, quick=False, first_call=True)
-
-
-def quick() -> Plan:
-    """A few small cells of every kind, so that every part of the benchmark runs once."""
-    few = cells(((8, 64, 56, 56), (8, 512, 7, 7), (256, 128), (32, 64), (16, 32, 100), (2, 16, 8, 16, 16)))
-    jobs = [Job(cell, threads(), regime) for regime in REGIMES for cell in few]
-    jobs += [Job(Cell((2, 16, 28, 28), kind="chain"), threads(), regime, CHAIN_OPERATIONS) for regime in REGIMES]
-    return Plan(tuple(jobs), seconds=0.03, quick=True, first_call=False)

@@ -17,7 +17,9 @@ _UNITS = {"K": 2**10, "M": 2**20}
 def describe() -> dict[str, str]:
     """Describe processor, caches, memory, versions and how busy the machine is."""
     caches = _caches()
-    rivals = [f"{name} {version(name)}" for name in ("jax",) if importlib.util.find_spec(name) is not None]
+    rivals = [
+        f"{name} {version(name)}" for name in ("jax", "onnxruntime") if importlib.util.find_spec(name) is not None
+    ]
     return {
         "processor": _processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),

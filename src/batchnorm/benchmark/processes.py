@@ -15,11 +15,13 @@ from typing import IO, Any
 
 import batchnorm
 from batchnorm.benchmark.grid import Cell, Job, Regime
-from batchnorm.benchmark.results import Check, Timing, timing
+from batchnorm.benchmark.results import Check, Memory, Timing, timing
 
 # glibc gives large blocks back to the system when they are freed, and the next one is made of new pages, each cleared
 # when it is first touched. These thresholds keep them. Elsewhere the variable means nothing, and both are alike.
 WARM = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
+
+_PEAKS = "measuring memory"
 
 
 def time_jobs(
@@ -50,6 +52,19 @@ def time_jobs(
     return found + [
         Timing(job.cell, job.threads, regime, operation, problem=lost) for job, operation in wanted[len(found) :]
     ]
+
+
+def peaks(cells: list[Cell], advance: Callable[[str, int, int], None]) -> tuple[Memory, ...]:
+    """Measure the peak memory of cells; what the profiler has to say is not shown."""
+    if not cells:
+        return ()
+    found: list[Memory] = []
+    advance(_PEAKS, 0, len(cells))
+    with _worker({"peaks": [asdict(cell) for cell in cells]}, {}) as answers:
+        for line in answers:
+            found.append(Memory(**json.loads(line)))
+            advance(_PEAKS, len(found), len(cells))
+    return tuple(found)
 
 
 def first_call() -> dict[str, float]:

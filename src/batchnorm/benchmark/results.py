@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchnorm.benchmark.grid import Cell
+from batchnorm.benchmark.timing import Ratio
+from batchnorm.benchmark.traffic import COPIED
+from batchnorm.files import write_text
 
-SCHEMA, VERSION = "batchnorm.benchmark", 1
+SCHEMA, VERSION = "batchnorm.benchmark", 2
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Timing:
-    """What an operation of a cell took: median seconds and relative spread for each contender.
+    """What an operation of a cell took.
 
-    `left_out` says why a rival has none, and `problem` why nobody has.
+    Attributes:
+        seconds, spread: for each contender, the median over rounds and the relative distance of its quartiles.
+        ratios: for each contender, its time by ours, paired by rounds.
+        floor: bytes that must be moved, see ``traffic``; 0 for chains and networks.
+        left_out: why a rival has no figures.
+        problem: why nobody has.
     """
 
     cell: Cell
@@ -54,15 +61,37 @@ class Timing:
     operation: str
     seconds: dict[str, float] = field(default_factory=dict, hash=False)
     spread: dict[str, float] = field(default_factory=dict, hash=False)
+    ratios: dict[str, Ratio] = field(default_factory=dict, hash=False)
+    floor: int = 0
     rounds: int = 0
     left_out: dict[str, str] = field(default_factory=dict, hash=False)
     problem: str | None = None
 
     def ratio(self, rival: str) -> float | None:
         """How many times as fast as the rival ours is; None if either was not measured."""
-        if "ours" not in self.seconds or rival not in self.seconds:
-            return None
-        return self.seconds[rival] / self.seconds["ours"]
+        return self.ratios[rival].median if rival in self.ratios else None
+
+    def times_floor(self) -> float | None:
+        """Our time over what the floor's bytes take at the speed of the copy; None where nothing was copied."""
+        copy = self.ratio("copy")
+        return None if copy is None else COPIED * self.cell.bytes / (copy * self.floor)
+
+    def slower(self, rival: str, limit: float) -> bool:
+        """Whether the ratio to the rival is below a limit beyond doubt: its whole interval."""
+        return rival in self.ratios and self.ratios[rival].high < limit
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the same thing for several contenders, and what they are bytes of."""
+
+    what: str
+    bytes: dict[str, int] = field(hash=False)
+
+    def share(self, ours: str, theirs: str) -> float | None:
+        """Our bytes over theirs."""
+        found = self.bytes.get(ours), self.bytes.get(theirs)
+        return found[0] / found[1] if found[0] is not None and found[1] else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +106,8 @@ class Report:
         last_level: bytes of its last-level cache.
         load_after: the load average at the end: what else kept the machine busy.
         first_call: seconds of a process's first training step, with its kernels to be compiled and cached.
+        kept: what blocks of layers keep for the backward.
+        peaks: the most memory that a training step of a cell holds at once, beyond its inputs.
     """
 
     created: str
@@ -88,6 +119,8 @@ class Report:
     first_call: dict[str, float]
     checks: tuple[Check, ...]
     timings: tuple[Timing, ...]
+    kept: tuple[Memory, ...] = ()
+    peaks: tuple[Memory, ...] = ()
 
     def to_json(self) -> str:
         """Give the JSON text, with the bars that follow from the figures for readers who do not compute."""
@@ -121,6 +154,8 @@ class Report:
             data.pop(derived)
         data["checks"] = tuple(_check(entry) for entry in data["checks"])
         data["timings"] = tuple(timing(entry) for entry in data["timings"])
+        for name in ("kept", "peaks"):
+            data[name] = tuple(Memory(**entry) for entry in data[name])
         return cls(**data)
 
 
@@ -131,7 +166,8 @@ def cell(data: dict[str, Any]) -> Cell:
 
 def timing(data: dict[str, Any]) -> Timing:
     """Read a timing."""
-    return Timing(**{**data, "cell": cell(data["cell"])})
+    ratios = {name: Ratio(**values) for name, values in data["ratios"].items()}
+    return Timing(**{**data, "cell": cell(data["cell"]), "ratios": ratios})
 
 
 def _check(data: dict[str, Any]) -> Check:
@@ -139,13 +175,3 @@ def _check(data: dict[str, Any]) -> Check:
     saved = {name: Saved(**values) for name, values in data["saved"].items()}
     new = {"cell": cell(data["cell"]), "errors": errors, "saved": saved, "problems": tuple(data["problems"])}
     return Check(**{**data, **new})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from batchnorm.benchmark.grid import OPERATIONS, REGIMES
+from batchnorm.benchmark.grid import DTYPES, FUSED, LAYOUTS, OPERATIONS, REGIMES
 from batchnorm.benchmark.peers import TORCH
 from batchnorm.benchmark.results import Report, Timing
 
-NOISE = 0.97  # a ratio from here on is not called slower
+NOISE = 0.97  # a ratio whose interval reaches this is not called slower
 
 
 @dataclass(frozen=True)
 class Mean:
     """The geometric mean of the ratios to torch.nn over the 4-D cells of one kind, and the lowest."""
 
+    fused: str
     threads: int
     regime: str
     operation: str
@@ -28,28 +29,33 @@ class Mean:
 
 def geometric_means(report: Report) -> list[Mean]:
     """Give the mean of every kind of 4-D cell that was timed."""
-    found: dict[tuple[int, str, str, str, str], list[float]] = {}
+    found: dict[tuple[str, int, str, str, str, str], list[float]] = {}
     for t in report.timings:
         ratio = t.ratio(TORCH)
         if len(t.cell.shape) == 4 and t.cell.kind == "layer" and ratio is not None:
-            key = (t.threads, t.regime, t.operation, t.cell.layout, t.cell.dtype)
+            key = (t.cell.fused, t.threads, t.regime, t.operation, t.cell.layout, t.cell.dtype)
             found.setdefault(key, []).append(ratio)
-    order: dict[str, int] = {name: i for i, name in enumerate((*REGIMES, *OPERATIONS))}
-    keys = sorted(found, key=lambda k: (-k[0], order[k[1]], k[3] != "contiguous", k[4] != "float32", order[k[2]]))
+    order: dict[str, int] = {name: i for i, name in enumerate((*FUSED, *REGIMES, *OPERATIONS, *LAYOUTS, *DTYPES))}
+    keys = sorted(found, key=lambda k: (order[k[0]], -k[1], order[k[2]], order[k[4]], order[k[5]], order[k[3]]))
     return [Mean(*k, statistics.geometric_mean(found[k]), min(found[k]), len(found[k])) for k in keys]
 
 
-def slower(report: Report, below: float = 1.0) -> list[Timing]:
-    """Timings in which torch.nn was faster, the worst first."""
-    found = [(ratio, t) for t in report.timings if (ratio := t.ratio(TORCH)) is not None and ratio < below]
+def slower(report: Report) -> list[Timing]:
+    """Timings in which torch.nn was faster beyond doubt and noise, the worst first."""
+    found = [(t.ratio(TORCH) or 0.0, t) for t in report.timings if t.slower(TORCH, NOISE)]
     return [t for _, t in sorted(found, key=lambda pair: pair[0])]
 
 
 def failures(report: Report) -> list[tuple[str, str]]:
-    """Give what has no figures, and why."""
+    """Give what has no figures, and why; what a rival lacks everywhere is said once."""
     refused = [(check.cell.name, "; ".join(check.problems)) for check in report.checks if check.problems]
     broken = [(f"{t.cell.name}, {t.operation}, {t.regime}", t.problem) for t in report.timings if t.problem]
-    missing = [
-        (f"{t.cell.name}, {t.operation}, {rival}", why) for t in report.timings for rival, why in t.left_out.items()
+    missing: dict[tuple[str, str], list[str]] = {}
+    for t in report.timings:
+        for rival, why in t.left_out.items():
+            missing.setdefault((rival, why), []).append(f"{t.cell.name}, {t.operation}")
+    lacking = [
+        (f"{where[0]}, {rival}" + (f" (and {len(where) - 1} more)" if len(where) > 1 else ""), why)
+        for (rival, why), where in missing.items()
     ]
-    return refused + broken + missing
+    return refused + broken + lacking

@@ -13,7 +13,9 @@ Call = Callable[[], object]
 
 _SAMPLE = 200e-6  # seconds of a sample: shorter calls are timed in batches, far above the clock's own cost
 _FEWEST, _MOST = 7, 300  # rounds
-_LAST_RESORT = 3  # rounds, where they take ten times as long as planned: the machine is busy, or the call is slow
+_LAST_RESORT = 6  # rounds, where they take ten times as long as planned; fewer give no interval, see `interval`
+_SLOW = 0.05  # seconds of a call that need not be warmed up over and over
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,17 @@ class Measured:
     spread: float
 
 
-def interleaved(calls: dict[str, Call], budget: float) -> tuple[dict[str, Measured], int]:
-    """Time the calls in rounds, once each a round in rotating order; returns what each took, and the number of rounds.
+@dataclass(frozen=True)
+class Ratio:
+    """The median over rounds of what a call took by what ours took in the same round, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(calls: dict[str, Call], budget: float) -> dict[str, list[float]]:
+    """Time the calls in rounds, once each a round in rotating order; returns seconds for each, by round.
 
     Args:
         calls: contender's name to call. The first calls are not timed: they may compile and allocate.
@@ -48,13 +59,44 @@ def interleaved(calls: dict[str, Call], budget: float) -> tuple[dict[str, Measur
     finally:
         if collecting:
             gc.enable()
-    return {name: _measured(values) for name, values in samples.items()}, rounds
+    return samples
+
+
+def measured(samples: list[float]) -> Measured:
+    """Give the median of a call's rounds, and their spread."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Measured(middle, (high - low) / middle)
+
+
+def ratio(samples: list[float], ours: list[float]) -> Ratio:
+    """Compare a call with ours, round by round: what slows a round down slows both."""
+    paired = sorted(a / b for a, b in zip(samples, ours, strict=True))
+    return Ratio(statistics.median(paired), *interval(paired))
+
+
+def interval(ordered: list[float]) -> tuple[float, float]:
+    """Give the 95 % interval of the median of what some values were drawn from, whatever its distribution.
+
+    Of n values, the number below the true median is binomial with one half. So the median lies between the k-th
+    smallest and the k-th largest unless fewer than k values are on one side of it.
+
+    Args:
+        ordered: at least six values, sorted; between the extremes of five, it lies in 94 % of cases only.
+    """
+    n, below, k = len(ordered), 0.5 ** len(ordered), 0
+    while 2 * below <= 1 - _CONFIDENCE:
+        k += 1
+        below += math.comb(n, k) * 0.5**n
+    if k == 0:
+        raise ValueError(f"six values or more have an interval, got {n}")
+    return ordered[k - 1], ordered[n - k]
 
 
 def _batch(call: Call) -> int:
     """Warm a call up and say how often to repeat it for one sample."""
     call()
-    call()
+    if _sample(call, 1) > _SLOW:
+        return 1
     return max(1, min(500, math.ceil(_SAMPLE / max(min(_sample(call, 1) for _ in range(3)), 1e-9))))
 
 
@@ -63,8 +105,3 @@ def _sample(call: Call, batch: int) -> float:
     for _ in range(batch):
         call()
     return (time.perf_counter() - start) / batch
-
-
-def _measured(values: list[float]) -> Measured:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Measured(middle, (high - low) / middle)

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from batchnorm import kernels, layers
-from batchnorm.benchmark import peers, results
+from batchnorm.benchmark import machine, memory, peers, results, rivals, traffic, whole
 from batchnorm.benchmark.grid import Cell, Operation
 from batchnorm.benchmark.results import Timing
 from batchnorm.benchmark.summary import NOISE
-from batchnorm.benchmark.timing import interleaved
+from batchnorm.benchmark.timing import interleaved, measured, ratio
 
 _LONGER = 4
 
@@ -32,7 +32,9 @@ def main() -> None:
     if request.get("first_call"):
         print(json.dumps(first_call()), file=answers, flush=True)
         return
-    for job in request["jobs"]:
+    for entry in request.get("peaks", ()):
+        print(json.dumps(asdict(memory.peak_of(results.cell(entry)))), file=answers, flush=True)
+    for job in request.get("jobs", ()):
         for timing in time_cell(job, request["seconds"]):
             print(json.dumps(asdict(timing)), file=answers, flush=True)
 
@@ -41,7 +43,7 @@ def time_cell(job: dict[str, Any], seconds: float) -> Iterator[Timing]:
     """Time every operation of a job on the same inputs; an exception becomes the timing's problem."""
     cell = results.cell(job["cell"])
     torch.set_num_threads(job["threads"])
-    given = peers.inputs(cell)
+    given = whole.given(cell) if cell.kind == "model" else peers.inputs(cell)
     for operation in job["operations"]:
         head = (cell, job["threads"], job["regime"], operation)
         try:
@@ -52,23 +54,28 @@ def time_cell(job: dict[str, Any], seconds: float) -> Iterator[Timing]:
             yield Timing(*head, **found)
 
 
-def _time(cell: Cell, given: peers.Inputs, operation: Operation, job: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _time(cell: Cell, given: Any, operation: Operation, job: dict[str, Any], seconds: float) -> dict[str, Any]:
     evaluating = operation == "evaluation"
+    source = (whole.contenders, whole.compiled) if cell.kind == "model" else (peers.contenders, rivals.rivals)
     with torch.no_grad() if evaluating else contextlib.nullcontext():
-        calls = peers.contenders(cell, given, operation)
+        calls = source[0](cell, given, operation)
         calls[peers.OURS]()
         checked = job["kernels"][evaluating]
         if kernels.ran().forward != checked:
             raise RuntimeError(f"kernel {checked!r} was checked, and {kernels.ran().forward!r} would be timed")
-        more, left_out = peers.rivals(cell, given, operation) if job["rivals"] else ({}, {})
+        more, left_out = source[1](cell, given, operation) if operation in job["rivals"] else ({}, {})
         calls |= more
-        found, rounds = interleaved(calls, seconds)
-        if found[peers.TORCH].seconds < NOISE * found[peers.OURS].seconds:  # a longer look before ours is called slower
-            found, rounds = interleaved(calls, _LONGER * seconds)
+        samples = interleaved(calls, seconds)
+        if ratio(samples[peers.TORCH], samples[peers.OURS]).median < NOISE:  # a longer look before it is called slower
+            samples = interleaved(calls, _LONGER * seconds)
+    found = {name: measured(values) for name, values in samples.items()}
+    ours = samples[peers.OURS]
     return {
         "seconds": {name: one.seconds for name, one in found.items()},
         "spread": {name: one.spread for name, one in found.items()},
-        "rounds": rounds,
+        "ratios": {name: ratio(values, ours) for name, values in samples.items() if name != peers.OURS},
+        "floor": traffic.floor(cell, operation, machine.last_level()) if cell.kind == "layer" else 0,
+        "rounds": len(ours),
         "left_out": left_out,
     }
 

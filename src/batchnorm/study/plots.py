@@ -1,43 +1,22 @@
 """Plots: the report's figures, as SVG whose text and colours follow the page that they stand in."""
 
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from html import escape
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from batchnorm import pages
+from batchnorm.pages import INK, MUTED
 from batchnorm.study.results import Comparison, Run
 
-# Matplotlib draws with these stand-ins; the page's style sheet says what each is in light and in dark.
-INK, MUTED, CONTROL, TREATMENT = "#010101", "#020202", "#030303", "#040404"
-COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", CONTROL: "var(--control)", TREATMENT: "var(--treatment)"}
-STYLE: Any = {  # matplotlib types the names of all its parameters
-    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
-    "svg.hashsalt": "batchnorm",  # the same results give the same page
-    "text.parse_math": False,  # a $ in a name is a $
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 2,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
+# Stand-ins, as in ``pages``.
+CONTROL, TREATMENT = "#030303", "#040404"
+COLOURS = {CONTROL: "var(--control)", TREATMENT: "var(--treatment)"}
 LABEL_GAP = 0.15  # of the axes' height, between the two-line labels of curves that end close together
 DODGE = 1.03  # so that the range bars of two arms at one rate stand side by side
-NO_DATE = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 Plot = Callable[[Figure, Comparison], None]
 Label = tuple[str, float, str]
@@ -45,16 +24,7 @@ Label = tuple[str, float, str]
 
 def svg(plot: Plot, comparison: Comparison, title: str, height: float = 3.8) -> str:
     """Return a plot as an SVG element for a page, its title there for those who do not see it."""
-    buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, height), layout="constrained")
-        plot(figure, comparison)
-        figure.savefig(buffer, format="svg", metadata=NO_DATE)
-    text = buffer.getvalue()
-    text = text[text.index("<svg ") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-    for stand_in, colour in COLOURS.items():
-        text = text.replace(stand_in, colour)
-    return text
+    return pages.svg(lambda figure: plot(figure, comparison), title, COLOURS, height)
 
 
 def loss(figure: Figure, comparison: Comparison) -> None:

@@ -2,9 +2,9 @@
 
 import math
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from batchnorm import pages
 from batchnorm.study import plots
 from batchnorm.study.results import Comparison, mean_accuracy, mean_batch_accuracy
 from batchnorm.study.verdict import bootstrap, judge, points
@@ -12,13 +12,7 @@ from batchnorm.study.verdict import bootstrap, judge, points
 
 def render(comparison: Comparison) -> str:
     """Return the report as HTML; names and values are escaped."""
-    environment = Environment(
-        loader=PackageLoader("batchnorm.study"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = pages.environment("batchnorm.study")
     environment.filters["percent"] = percent
     environment.filters["steps"] = steps
     control, treatment = (comparison.summary(arm) for arm in comparison.arms)

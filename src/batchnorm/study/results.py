@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchnorm.study.files import write_text
+from batchnorm.files import write_text
 
 SCHEMA = "batchnorm.compare"
 VERSION = 1

@@ -2,27 +2,32 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from batchnorm import benchmark, kernels
-from batchnorm.benchmark import check, grid, peers, processes, report, summary, timing
+from batchnorm.benchmark import check, grid, peers, plans, processes, report, rivals, summary, timing
 from batchnorm.benchmark.bars import bars
 from batchnorm.benchmark.results import Check, Report, Saved, Timing
+from batchnorm.benchmark.timing import Ratio
 from batchnorm.kernels import cpu
 
 TINY = grid.Cell((8, 16, 6, 6))
 PLAIN = grid.Cell((32, 64, 56, 56))
 
 
+FUSED = grid.Cell((8, 16, 6, 6), fused="bn+add+relu")
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    cells = (TINY, grid.Cell((8, 16, 6, 6), "bfloat16", "channels_last"), grid.Cell((32, 64)))
+    cells = (TINY, grid.Cell((8, 16, 6, 6), "bfloat16", "channels_last"), FUSED)
     chain = grid.Job(grid.Cell((2, 8, 6, 6), kind="chain"), grid.threads(), "warm", grid.CHAIN_OPERATIONS)
     jobs = (*(grid.Job(cell, grid.threads(), "warm") for cell in cells), grid.Job(TINY, 1, "fresh"), chain)
-    monkeypatch.setattr(grid, "quick", lambda: grid.Plan(jobs, seconds=0.005, quick=True, first_call=False))
+    monkeypatch.setattr(plans, "quick", lambda: grid.Plan(jobs, (TINY,), seconds=0.005, quick=True, first_call=False))
 
 
 def made(*timings: Timing, checks: tuple[Check, ...] = (), last_level: int = 2**25) -> Report:
@@ -31,7 +36,9 @@ def made(*timings: Timing, checks: tuple[Check, ...] = (), last_level: int = 2**
 
 def timed(cell: grid.Cell, ours: float, theirs: float, operation: str = "forward", regime: str = "warm") -> Timing:
     seconds = {peers.OURS: ours, peers.TORCH: theirs, peers.COPY: ours / 1.5}
-    return Timing(cell, 2, regime, operation, seconds, dict.fromkeys(seconds, 0.01), 9)
+    ratios = {name: Ratio(value / ours, 0.99 * value / ours, 1.005 * value / ours) for name, value in seconds.items()}
+    floor = 2 * cell.bytes
+    return Timing(cell, 2, regime, operation, seconds, dict.fromkeys(seconds, 0.01), ratios, floor, 9)
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
@@ -49,12 +56,19 @@ def test_a_run_writes_figures_for_every_cell_and_they_can_be_read_back(tiny, tmp
         rivals = {peers.OURS, peers.TORCH} | ({peers.COPY} if t.cell.kind == "layer" else set())
         assert set(t.seconds) == rivals
         assert all(seconds > 0 for seconds in t.seconds.values())
+        assert all(one.low <= one.median <= one.high for one in t.ratios.values())
+    (peak,) = found.peaks
+    assert min(peak.bytes.values()) > 2 * TINY.bytes
     assert found.to_json() + "\n" == text
     data = json.loads(text)
-    assert (data["schema"], data["version"]) == ("batchnorm.benchmark", 1)
+    assert (data["schema"], data["version"]) == ("batchnorm.benchmark", 2)
     assert {"bars", "geometric_means", "machine", "timings", "checks", "load_after"} < set(data)
     assert "8×16×6×6" in (tmp_path / "new" / "benchmark.md").read_text(encoding="utf-8")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["benchmark.json", "benchmark.md"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "benchmark.html",
+        "benchmark.json",
+        "benchmark.md",
+    ]
     assert "quick run" in capsys.readouterr().out
 
 
@@ -69,13 +83,15 @@ def test_another_file_is_refused():
 def test_what_the_gate_lets_through_has_small_errors_and_saves_two_vectors():
     found = check.check(TINY)
     assert found.problems == ()
-    assert found.saved[peers.OURS] == Saved(input=8 * 16 * 36 * 4, layer=16 * 4, extra=2 * 16 * 8)
+    assert found.saved[peers.OURS] == Saved(input=8 * 16 * 36 * 4, layer=2 * 16 * 4, extra=2 * 16 * 8)
     assert {"y", "dx", "dweight", "dbias", "running_mean", "running_var", "evaluation"} < set(found.errors)
     assert any("1e4" in name for name in found.errors)
 
 
 def test_a_wrong_kernel_gets_no_figures(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(check, "layer", lambda source, given: off(peers_layer(source, given), source))
+    monkeypatch.setattr(
+        check, "layer", lambda source, given, fused="bn": off(peers_layer(source, given, fused), source)
+    )
     benchmark.run(tmp_path, quick=True)
     found = Report.from_json((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     assert not found.timings
@@ -153,10 +169,21 @@ def test_ratios_and_means():
         timed(PLAIN, 1.0, 2.0), timed(grid.Cell((8, 64, 56, 56)), 1.0, 8.0), timed(grid.Cell((32, 64)), 1.0, 0.5)
     )
     assert [t.ratio(peers.TORCH) for t in found.timings] == [2.0, 8.0, 0.5]
-    assert found.timings[0].ratio(peers.JAX) is None
+    assert found.timings[0].ratio(rivals.JAX) is None
     (mean,) = summary.geometric_means(found)
     assert (mean.mean, mean.lowest, mean.cells) == (pytest.approx(4.0), 2.0, 2)  # the two-dimensional cell is not in it
     assert [t.cell.shape for t in summary.slower(found)] == [(32, 64)]
+
+
+def test_slower_is_what_is_beyond_doubt_and_noise():
+    def one(low, median, high):
+        ratios = {peers.TORCH: Ratio(median, low, high)}
+        return Timing(PLAIN, 2, "warm", "forward", {peers.OURS: 1.0, peers.TORCH: median}, {}, ratios)
+
+    assert not summary.slower(made(one(0.7, 0.9, 0.98)))
+    assert summary.slower(made(one(0.7, 0.9, 0.96)))
+    assert bar("lowest of all", one(0.7, 0.9, 0.98)) == (0.9, True, 1)
+    assert bar("lowest of all", one(0.7, 0.9, 0.96)) == (0.9, False, 1)
 
 
 def bar(name, *timings, checks=(), last_level=2**25):
@@ -184,17 +211,24 @@ def test_contenders_take_turns_and_medians_are_of_single_calls(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    found, rounds = timing.interleaved(calls, budget=100)
+    found = timing.interleaved(calls, budget=100)
+    rounds = len(found["a"])
     assert rounds >= 7
-    assert all(one.seconds == 1.0 and one.spread == 0.0 for one in found.values())  # the clock ticks once a sample
+    assert all(timing.measured(one) == timing.Measured(1.0, 0.0) for one in found.values())  # a tick a sample
     turns = order[-3 * rounds :]
     assert ["".join(turns[i : i + 3]) for i in range(0, 9, 3)] == ["abc", "bca", "cab"]
 
 
 def test_the_full_grid_is_the_specified_one():
-    plan = grid.full()
+    plan = plans.full()
     cells = {job.cell for job in plan.jobs if job.cell.kind == "layer"}
-    assert len(cells) == 25 * 4 + 5 * 2 + 4
+    assert len(cells) == 3 * 25 * 4 + 5 * 2 + 4
+    timings = [(job.cell, job.threads, job.regime, o) for job in plan.jobs for o in job.operations]
+    assert len(timings) == len(set(timings)) == plan.timings
+    assert set(plans.RIVALS) <= cells
+    compared = [job.cell for job in plan.jobs if "forward+backward" in job.rivals and job.cell.fused == "bn+relu"]
+    contiguous = {c.shape for c in compared if c.dtype == "float32" and c.layout == "contiguous"}
+    assert contiguous >= set(plans.COMPILED["contiguous"])
     assert {(job.threads, job.regime) for job in plan.jobs} >= {(grid.threads(), "warm"), (grid.threads(), "fresh")}
     assert any(job.cell.kind == "chain" for job in plan.jobs)
 
@@ -215,10 +249,10 @@ def test_a_rival_that_cannot_be_built_is_left_out_and_named(monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    calls, left_out = peers.rivals(TINY, peers.inputs(TINY), "forward")
-    assert left_out[peers.COMPILED] == "RuntimeError: no compiler"
-    assert peers.COMPILED not in calls
-    found = made(Timing(PLAIN, 2, "warm", "forward", {peers.OURS: 1.0, peers.TORCH: 2.0}, {}, 9, left_out))
+    calls, left_out = rivals.rivals(TINY, peers.inputs(TINY), "forward")
+    assert left_out[rivals.COMPILED] == "RuntimeError: no compiler"
+    assert rivals.COMPILED not in calls
+    found = made(replace(timed(PLAIN, 1.0, 2.0), left_out=left_out))
     assert ("32×64×56×56 float32 contiguous, forward, torch.compile", "RuntimeError: no compiler") in summary.failures(
         found
     )

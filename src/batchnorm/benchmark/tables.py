@@ -1,0 +1,182 @@
+"""The report's tables as plain text, for whoever draws them: terminal, Markdown, HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from batchnorm.benchmark import summary
+from batchnorm.benchmark.bars import bars
+from batchnorm.benchmark.grid import FUSED, OPERATIONS, Cell
+from batchnorm.benchmark.peers import OURS, TORCH
+from batchnorm.benchmark.results import Memory, Report, Timing
+from batchnorm.benchmark.rivals import COMPILED, JAX, ONNX, RIVALS
+from batchnorm.benchmark.whole import OURS_COMPILED
+
+PASSED, MISSED, UNMEASURED = "passed", "missed", "not measured"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first columns are words, the others figures."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]] = ()
+    words: int = 1
+
+
+def machine(report: Report) -> Table:
+    """What it ran on."""
+    rows = [*report.machine.items(), ("load after", report.load_after)]
+    rows += [(f"first {name}", f"{seconds:.2f} s") for name, seconds in report.first_call.items()]
+    rows.append(("run", f"{report.created}, {report.seconds:.0f} s"))
+    return Table(("machine", ""), rows, words=2)
+
+
+def targets(report: Report) -> Table:
+    """Every bar."""
+    words = {True: PASSED, False: MISSED, None: UNMEASURED}
+    rows = [
+        (bar.name, bar.target, "–" if bar.value is None else f"{bar.value:.2f}", str(bar.figures), words[bar.passed])
+        for bar in bars(report)
+    ]
+    return Table(("bar", "target", "reached", "figures", ""), rows)
+
+
+def means(report: Report) -> Table:
+    """Geometric means of ratios to torch.nn."""
+    found: dict[tuple[str, ...], dict[str, summary.Mean]] = {}
+    for mean in summary.geometric_means(report):
+        what = f"{FUSED[mean.fused]} {mean.dtype} {mean.layout}"  # type: ignore[index]
+        found.setdefault((what, str(mean.threads), mean.regime), {})[mean.operation] = mean
+    rows = [
+        (*key, *(f"{row[o].mean:.2f} ×" if o in row else "–" for o in OPERATIONS), _lowest(row))
+        for key, row in found.items()
+    ]
+    return Table(("4-D cells", "threads", "memory", *OPERATIONS, "lowest"), rows)
+
+
+def _lowest(row: dict[str, summary.Mean]) -> str:
+    return f"{min(mean.lowest for mean in row.values()):.2f} ×"
+
+
+def rivals(report: Report) -> Table:
+    """Those that are slow to build, where they ran."""
+    rows = [
+        (_titled(t.cell), t.regime, t.operation, time(t.seconds[OURS]), *(ratio(t, r) for r in (TORCH, *RIVALS)))
+        for t in report.timings
+        if t.cell.kind == "layer" and {COMPILED, JAX, ONNX} & set(t.ratios)
+    ]
+    return Table(("against rivals", "memory", "operation", "ours", TORCH, *RIVALS), rows)
+
+
+def networks(report: Report) -> Table:
+    """Whole networks, eager and compiled."""
+    rows = []
+    for t in _of_kind(report, "model"):
+        compiled = t.seconds.get(OURS_COMPILED)
+        seconds = "–" if compiled is None else time(compiled)
+        rows.append(
+            (t.cell.name, t.operation, time(t.seconds[OURS]), with_interval(t), ratio(t, COMPILED), seconds)
+        )  # fmt: skip
+    return Table(("network", "operation", "ours", "× torch.nn", "× torch.compile", OURS_COMPILED), rows)
+
+
+def chains(report: Report) -> Table:
+    """A convolution before and after."""
+    rows = [(t.cell.name, t.regime, time(t.seconds[OURS]), with_interval(t)) for t in _of_kind(report, "chain")]
+    return Table(("chain, training step", "memory", "ours", "× torch.nn"), rows)
+
+
+def slower(timings: list[Timing]) -> Table:
+    """Where torch.nn was faster."""
+    rows = [
+        (_titled(t.cell), str(t.threads), t.regime, t.operation, time(t.seconds[OURS]), with_interval(t), str(t.rounds))
+        for t in timings
+    ]
+    return Table(("slower", "threads", "memory", "operation", "ours", "× torch.nn", "rounds"), rows)
+
+
+def failures(failed: list[tuple[str, str]]) -> Table:
+    """What has no figures."""
+    return Table(("cell", "why"), list(failed), words=2)
+
+
+def memory(title: str, entries: tuple[Memory, ...]) -> Table:
+    """Bytes of several contenders, and our share."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry.bytes))
+    rows = []
+    for entry in entries:
+        share = entry.share(OURS, TORCH)
+        values = (size(entry.bytes[name]) if name in entry.bytes else "–" for name in names)
+        rows.append((entry.what, *values, "–" if share is None else f"{share:.2f} ×"))
+    return Table((title, *names, "ours by torch.nn"), rows)
+
+
+def saved(report: Report) -> Table:
+    """What every contiguous cell keeps for its backward, beside what the network holds anyway."""
+    rows = []
+    for check in report.checks:
+        if check.cell.layout == "contiguous" and check.cell.kind == "layer" and OURS in check.saved:
+            ours, theirs = check.saved[OURS], check.saved[TORCH]
+            head = check.cell.size, FUSED[check.cell.fused], check.cell.dtype
+            rows.append((*head, str(ours.input), str(theirs.input), str(ours.extra), str(theirs.extra)))
+    columns = "input, ours", "input, torch.nn", "other, ours", "other, torch.nn"
+    return Table(("shape", "layer", "dtype", *columns), rows)
+
+
+def every_cell(report: Report) -> Iterator[tuple[str, Table]]:
+    """All figures of layers, and what each table is of."""
+    kernel = {check.cell: check.training for check in report.checks}
+    groups: dict[tuple[str, str, int], dict[Cell, dict[str, Timing]]] = {}
+    for t in report.timings:
+        if t.cell.kind == "layer":
+            group = groups.setdefault((t.cell.fused, t.regime, t.threads), {})
+            group.setdefault(t.cell, {})[t.operation] = t
+    figures = (name for o in OPERATIONS for name in (o, "× torch.nn (95 %)", "× floor"))
+    columns = ("shape", "dtype", "layout", "kernel", *figures)
+    for (fused, regime, threads), cells in groups.items():
+        title = f"{FUSED[fused]}, {regime} memory, {threads} thread{'s' if threads > 1 else ''}"  # type: ignore[index]
+        rows = [
+            (cell.size, cell.dtype, cell.layout, kernel.get(cell, ""), *(f for o in OPERATIONS for f in _three(row, o)))
+            for cell, row in cells.items()
+        ]
+        yield title, Table(columns, rows, words=4)
+
+
+def _three(row: dict[str, Timing], operation: str) -> tuple[str, str, str]:
+    t = row.get(operation)
+    if t is None or OURS not in t.seconds:
+        return "–", "–", "–"
+    times = t.times_floor()
+    return time(t.seconds[OURS]), with_interval(t), "–" if times is None else f"{times:.2f} of {size(t.floor)}"
+
+
+def _titled(cell: Cell) -> str:
+    return f"BN, {cell.name}" if cell.kind == "layer" and cell.fused == "bn" else cell.name
+
+
+def _of_kind(report: Report, kind: str) -> Iterator[Timing]:
+    return (t for t in report.timings if t.cell.kind == kind and OURS in t.seconds)
+
+
+def ratio(t: Timing, rival: str) -> str:
+    """Write how many times as fast as a rival ours is."""
+    found = t.ratio(rival)
+    return "–" if found is None else f"{found:.2f} ×"
+
+
+def with_interval(t: Timing) -> str:
+    """Write the ratio to torch.nn and where it lies with 95 % confidence."""
+    found = t.ratios.get(TORCH)
+    return "–" if found is None else f"{found.median:.2f} × ({found.low:.2f}–{found.high:.2f})"
+
+
+def time(seconds: float) -> str:
+    """Write a time."""
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
+
+
+def size(count: int) -> str:
+    """Write a number of bytes."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
