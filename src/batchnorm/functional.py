@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.activations import INVERTIBLE, Activation, activation_of, applied
 from batchnorm.kernels import cpu, operators, reference
-from batchnorm.kernels.choice import EVALUATE_FROM, asked_for, record, unwatched, which
+from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
 
 __all__ = ["batch_norm"]
 
@@ -101,15 +101,21 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2; in place, Rota Bulo et al. 2018, arXiv
     1712.02616.
     """
-    if activation is None and residual is None and not inplace and not torch.compiler.is_compiling():
-        if not training:
+    alone = activation is None and residual is None
+    if not inplace and not torch.compiler.is_compiling():
+        if training:
+            plan = _common_case(input, running_mean, running_var, weight, bias, num_batches_tracked)
+            if plan is not None and eps > 0 and momentum is not None and 0 <= momentum <= 1:
+                running = None
+                if torch._C._current_graph_task_id() == -1:  # else a recomputation, see _recomputing
+                    running = cpu.Running(running_mean, running_var, num_batches_tracked, momentum)
+                if alone:
+                    return operators.train_cpu(input, plan, weight, bias, running, eps)
+                if (activation is None or type(activation) is Activation) and _alike(residual, input):
+                    extras = operators.Extras(activation, residual)
+                    return operators.fused_cpu(input, plan, weight, bias, running, eps, extras)
+        elif alone:
             return _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
-        plan = _common_case(input, running_mean, running_var, weight, bias, num_batches_tracked)
-        if plan is not None and eps > 0 and momentum is not None and 0 <= momentum <= 1:
-            running = None
-            if torch._C._current_graph_task_id() == -1:  # else a recomputation, see _recomputing
-                running = cpu.Running(running_mean, running_var, num_batches_tracked, momentum)
-            return operators.train_cpu(input, plan, weight, bias, running, eps)
     call = _Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked,
         activation_of(activation), residual, inplace,
@@ -154,6 +160,18 @@ def _common_case(
     if batches is not None and not (type(batches) in _PLAIN and batches.is_cpu and batches.dtype == torch.int64):
         return None
     return plan if (running_mean is None) == (running_var is None) else None
+
+
+def _alike(residual: Tensor | None, x: Tensor) -> bool:
+    """Whether the loops can add it to x as it is."""
+    return residual is None or (
+        type(residual) is Tensor
+        and residual.dtype == x.dtype
+        and residual.shape == x.shape
+        and residual.stride() == x.stride()
+        and residual.is_cpu
+        and not residual.is_neg()
+    )
 
 
 def _train(call: _Call) -> Tensor:
@@ -308,7 +326,8 @@ def _evaluate_with(call: _Call) -> Tensor:
     assert running_mean is not None  # _check has seen to it
     assert running_var is not None
     alone = call.activation is None and call.residual is None and not call.inplace
-    kernel = record.forward = which(x, not alone, weight, bias, running_mean, running_var, call.residual)
+    fused = not alone and (call.inplace or x.numel() >= EVALUATE_FUSED_FROM or asked_for.get() is not None)
+    kernel = record.forward = which(x, fused, weight, bias, running_mean, running_var, call.residual)
     if kernel == "reference":
         return _followed(reference.inference(x, running_mean, running_var, weight, bias, call.eps), call)
     if kernel == "cpu":

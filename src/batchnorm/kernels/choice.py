@@ -23,6 +23,7 @@ Kernel = Literal["cpu", "aten", "reference"]
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}  # a subclass has semantics that raw memory lacks
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16}
 EVALUATE_FROM = 24 * 2**20  # bytes; ATen's evaluation is as fast as memory allows below (measured: kernels/README.md)
+EVALUATE_FUSED_FROM = 2**19  # elements; below, one pass by the loops takes longer to prepare than torch's two or three
 
 asked_for: ContextVar[Kernel | None] = ContextVar("batchnorm_kernel", default=None)
 
