@@ -71,7 +71,10 @@ def ours(t: Given, training: bool, activation: Activation | None, inplace: bool 
     residual = None if t.residual is None else t.residual.clone().requires_grad_()
     mean, var = t.running_mean.clone(), t.running_var.clone()
     fed = x * 1 if inplace else x
-    y = batch_norm(fed, mean, var, weight, bias, training, activation=activation, residual=residual, inplace=inplace)
+    with kernels.using("cpu"):
+        y = batch_norm(
+            fed, mean, var, weight, bias, training, activation=activation, residual=residual, inplace=inplace
+        )
     if inplace:
         assert y.data_ptr() == fed.data_ptr()
     leaves = [v for v in (x, weight, bias, residual) if v is not None]
@@ -184,7 +187,8 @@ def test_the_loops_functions_are_as_right_as_float32_allows(name: str) -> None:
 
     def through(t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.clone().requires_grad_()
-        y = batch_norm(t, zero, one, eps=0.0, activation=activation)
+        with kernels.using("cpu"):
+            y = batch_norm(t, zero, one, eps=0.0, activation=activation)
         return y.detach(), torch.autograd.grad(y, t, torch.ones_like(y))[0]
 
     found = through(z)
@@ -201,12 +205,23 @@ def test_not_a_number_and_infinity_pass_as_in_torch() -> None:
     z = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0] * 5).reshape(1, 1, -1)
     one, zero = torch.ones(1), torch.zeros(1)
     for name in NAMES:
-        y = batch_norm(z, zero, one, eps=0.0, activation=name)
+        with kernels.using("cpu"):
+            y = batch_norm(z, zero, one, eps=0.0, activation=name)
         right = applied(activation_of(name), z)
         if name in ("silu", "gelu", "gelu_tanh"):  # -inf times 0; torch says nan for some, 0 for others
             keep = z != -math.inf
             y, right = y[keep], right[keep]
         torch.testing.assert_close(y, right, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("elements", "kernel"), [(2**19 - 1, "aten"), (2**19, "cpu")])
+def test_small_evaluations_are_torchs(elements: int, kernel: str) -> None:
+    x = torch.randn(1, 1, elements)
+    layer = batchnorm.BatchNorm1d(1, activation="relu").eval()
+    assert kernels.which(x, False, fused=True) == kernel
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.relu(nn.BatchNorm1d(1).eval()(x)))
+    assert kernels.ran().forward == kernel
 
 
 # --- memory and work ---
@@ -264,16 +279,14 @@ def test_gradients_that_nobody_needs_are_not_made(wanted: str, residual: bool, m
         t = given(*PLANES, torch.float32, residual)
         leaves = {name: v.clone() for name, v in t._asdict().items() if v is not None}
         leaves[wanted].requires_grad_()
-        y = batch_norm(
-            leaves["x"], leaves["running_mean"], leaves["running_var"], leaves["weight"], leaves["bias"], training,
-            activation="relu", residual=leaves.get("residual"),
-        )  # fmt: skip
+        x, mean, var, weight, bias = (leaves[k] for k in ("x", "running_mean", "running_var", "weight", "bias"))
+        with kernels.using("cpu"):
+            y = batch_norm(x, mean, var, weight, bias, training, activation="relu", residual=leaves.get("residual"))
         (found,) = torch.autograd.grad(y, leaves[wanted], t.grad)
         right, z = oracle(t, training, Activation("relu"))
         expected = getattr(right, f"{wanted}_grad")
-        assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max() + kinks(
-            z, Activation("relu")
-        ).sum()
+        allowed = 1e-5 * expected.abs().max() + kinks(z, Activation("relu")).sum()
+        assert (found.double() - expected).abs().max() <= allowed
         assert [name for name, v in made.pop()._asdict().items() if v is not None] == [wanted]
 
 

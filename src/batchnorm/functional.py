@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.activations import INVERTIBLE, Activation, activation_of, applied
 from batchnorm.kernels import cpu, operators, reference
-from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
+from batchnorm.kernels.choice import EVALUATE_FROM, asked_for, record, unwatched, which
 
 __all__ = ["batch_norm"]
 
@@ -326,8 +326,8 @@ def _evaluate_with(call: _Call) -> Tensor:
     assert running_mean is not None  # _check has seen to it
     assert running_var is not None
     alone = call.activation is None and call.residual is None and not call.inplace
-    fused = not alone and (call.inplace or x.numel() >= EVALUATE_FUSED_FROM or asked_for.get() is not None)
-    kernel = record.forward = which(x, fused, weight, bias, running_mean, running_var, call.residual)
+    others = weight, bias, running_mean, running_var, call.residual
+    kernel = record.forward = which(x, call.inplace, *others, fused=not alone)
     if kernel == "reference":
         return _followed(reference.inference(x, running_mean, running_var, weight, bias, call.eps), call)
     if kernel == "cpu":

@@ -138,7 +138,7 @@ def test_results_that_depend_on_the_number_of_threads_are_refused(monkeypatch):
 
 
 def test_another_kernel_than_announced_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels, "which", lambda x, training, *others: "reference")
+    monkeypatch.setattr(kernels, "which", lambda x, training, *others, **how: "reference")
     assert any("'reference' was announced for training" in problem for problem in check.check(TINY).problems)
 
 

@@ -110,9 +110,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _ran(one: nn.Module, given: Inputs) -> tuple[str, str, list[str]]:
     """The kernels that training and evaluation ran through, and where they are not those that were announced."""
     others: list[Any] = [one.weight, one.bias, one.running_mean, one.running_var, given.residual]
-    alone = getattr(one, "activation", None) is None  # what is fused is done here, which ATen's evaluation cannot
+    alone = getattr(one, "activation", None) is None
     problems = []
-    kernel = {mode: kernels.which(given.x, mode or not alone, *others) for mode in (True, False)}
+    kernel = {mode: kernels.which(given.x, mode, *others, fused=not alone) for mode in (True, False)}
     record.forward = record.backward = None
     one.train()(*given.arguments).sum().backward()
     for t in given.arguments:

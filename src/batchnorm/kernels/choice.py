@@ -65,8 +65,11 @@ def using(kernel: Kernel) -> Iterator[None]:
         asked_for.reset(token)
 
 
-def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
+def which(x: Tensor, training: bool = True, *others: Tensor | None, fused: bool = False) -> Kernel:
     """Name the kernel that would serve ``x`` here and now (with weight, bias and statistics, if given, in ``others``).
+
+    Args:
+        fused: with an activation or a residual, which moves the size from which on evaluation is done by the loops.
 
     Raises:
         RuntimeError: if ``using`` asks for a kernel that cannot serve it.
@@ -75,8 +78,8 @@ def which(x: Tensor, training: bool = True, *others: Tensor | None) -> Kernel:
     if asked is None:
         if _transformed():
             return "reference"
-        return "cpu" if _obstacle(x, training, others) is None else "aten"
-    obstacle = _obstacle(x, True, others) if asked == "cpu" else None
+        return "cpu" if _obstacle(x, training, others, fused) is None else "aten"
+    obstacle = _obstacle(x, True, others, fused) if asked == "cpu" else None
     if asked == "cpu" and obstacle is None and _transformed():
         obstacle = "a function transform or forward-mode derivative is active"
     if obstacle is not None:
@@ -100,7 +103,7 @@ def _transformed() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...]) -> str | None:
+def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...], fused: bool) -> str | None:
     """Why the loops cannot (or, automatically, should not) serve x; None if they can."""
     if type(x) not in _PLAIN or not all(type(t) in _PLAIN for t in others):
         return "not all tensors are plain: subclasses have semantics of their own"
@@ -115,7 +118,8 @@ def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...]) -> s
     size = x.numel()
     if size == 0:
         return "x is empty"
-    if not training and (x.dtype == torch.bfloat16 or size * x.element_size() < EVALUATE_FROM):
+    plain = x.dtype == torch.bfloat16 or size * x.element_size() < EVALUATE_FROM
+    if not training and (size < EVALUATE_FUSED_FROM if fused else plain):
         return "ATen evaluates x as fast"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a dispatch mode wants to see torch's operations"
