@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.activations import INVERTIBLE, Activation, activation_of, applied
 from batchnorm.kernels import cpu, operators, reference
-from batchnorm.kernels.choice import EVALUATE_FROM, asked_for, record, unwatched, which
+from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
 
 __all__ = ["batch_norm"]
 
@@ -111,11 +111,14 @@ def batch_norm(
                     running = cpu.Running(running_mean, running_var, num_batches_tracked, momentum)
                 if alone:
                     return operators.train_cpu(input, plan, weight, bias, running, eps)
-                if (activation is None or type(activation) is Activation) and _alike(residual, input):
+                if _usual(activation, residual, input):
                     extras = operators.Extras(activation, residual)
                     return operators.fused_cpu(input, plan, weight, bias, running, eps, extras)
         elif alone:
             return _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
+        elif input.numel() < EVALUATE_FUSED_FROM and asked_for.get() is None and _usual(activation, residual, input):
+            y = _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
+            return applied(activation, y if residual is None else y + residual)
     call = _Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked,
         activation_of(activation), residual, inplace,
@@ -162,8 +165,10 @@ def _common_case(
     return plan if (running_mean is None) == (running_var is None) else None
 
 
-def _alike(residual: Tensor | None, x: Tensor) -> bool:
-    """Whether the loops can add it to x as it is."""
+def _usual(activation: Any, residual: Tensor | None, x: Tensor) -> bool:
+    """Whether what follows is known, and can be added to x as it is: nothing that needs a closer look."""
+    if activation is not None and type(activation) is not Activation:
+        return False
     return residual is None or (
         type(residual) is Tensor
         and residual.dtype == x.dtype
