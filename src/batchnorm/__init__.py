@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from batchnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.masks import mask_from_lengths as mask_from_lengths
     from batchnorm.memory import keep_freed_memory as keep_freed_memory
     from batchnorm.moments import Moments as Moments
+    from batchnorm.statistics import Accumulated as Accumulated
+    from batchnorm.statistics import Batch as Batch
+    from batchnorm.statistics import Ghost as Ghost
+    from batchnorm.statistics import Renorm as Renorm
+    from batchnorm.statistics import Sync as Sync
+    from batchnorm.statistics import Warmup as Warmup
     from batchnorm.study.compare import compare as compare
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
@@ -34,13 +41,15 @@ _HOME = {
     "LazyBatchNorm2d": "batchnorm.layers",
     "LazyBatchNorm3d": "batchnorm.layers",
     "Moments": "batchnorm.moments",
+    **dict.fromkeys(("Accumulated", "Batch", "Ghost", "Renorm", "Sync", "Warmup"), "batchnorm.statistics"),
+    "mask_from_lengths": "batchnorm.masks",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
     "convert": "batchnorm.surgery.convert",
     "fuse": "batchnorm.surgery.fuse",
     "revert": "batchnorm.surgery.convert",
 }
-_MODULES = ("functional", "kernels", "layers", "moments")
+_MODULES = ("functional", "kernels", "layers", "moments", "statistics")
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.activations import INVERTIBLE, Activation, activation_of, applied
+from batchnorm import estimation
+from batchnorm.activations import Activation, activation_of, applied
+from batchnorm.arguments import NARROW, Call, check
 from batchnorm.kernels import cpu, operators, reference
 from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
+from batchnorm.statistics import Batch, Policy
 
 __all__ = ["batch_norm"]
 
-_NARROW = (torch.float16, torch.bfloat16)
-_NAMES = {  # what torch calls them in this message
-    torch.bool: "Bool",
-    torch.uint8: "Byte",
-    torch.int8: "Char",
-    torch.int16: "Short",
-    torch.int32: "Int",
-    torch.int64: "Long",
-    torch.complex32: "ComplexHalf",
-    torch.complex64: "ComplexFloat",
-    torch.complex128: "ComplexDouble",
-}
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
-_SMALLEST_SCALE = 2.0**-10  # of |weight|, in place; see batch_norm
-
-
-class _Call(NamedTuple):
-    """The arguments of one call."""
-
-    x: Tensor
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool
-    momentum: float | None
-    eps: float
-    batches: Tensor | None
-    activation: Activation | None = None
-    residual: Tensor | None = None
-    inplace: bool = False
 
 
 def batch_norm(
@@ -61,6 +34,9 @@ def batch_norm(
     activation: Any = None,
     residual: Tensor | None = None,
     inplace: bool = False,
+    mask: Tensor | None = None,
+    statistics: Policy | None = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     """Normalize each channel over the batch and its space, then scale and shift it; like ``F.batch_norm``.
 
@@ -84,6 +60,13 @@ def batch_norm(
             without a residual, and as long as no ``|weight|`` is below 1/1024 of the larger of 1 and its ``|bias|``:
             the input's deviations come back with the result's rounding error times ``1 / |weight|``. Where another
             kernel than the loops serves (the compiler, other dtypes), nothing is overwritten.
+        mask: which positions count: ``(N, *space)``, or of a shape that broadcasts to that; bool, or floating weights
+            that are not negative. A position of weight 2 counts as two in mean and variance. What stands at positions
+            of weight 0 influences nothing, nan included, and the result is 0 there, with a gradient of 0. It is not
+            differentiated.
+        statistics: a policy: over which sets the moments are taken in training, if not over the batch; see
+            ``batchnorm.statistics``.
+        state: what the policy remembers from batch to batch, ``statistics.state(C)``; changed in place.
 
     Returns:
         The shape, dtype and memory format of ``input``.
@@ -102,7 +85,8 @@ def batch_norm(
     1712.02616.
     """
     alone = activation is None and residual is None
-    if not inplace and not torch.compiler.is_compiling():
+    usual = mask is None and (statistics is None or type(statistics) is Batch)
+    if usual and not inplace and not torch.compiler.is_compiling():
         if training:
             plan = _common_case(input, running_mean, running_var, weight, bias, num_batches_tracked)
             if plan is not None and eps > 0 and momentum is not None and 0 <= momentum <= 1:
@@ -119,18 +103,28 @@ def batch_norm(
         elif input.numel() < EVALUATE_FUSED_FROM and asked_for.get() is None and _usual(activation, residual, input):
             y = _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
             return applied(activation, y if residual is None else y + residual)
-    call = _Call(
+    call = Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked,
-        activation_of(activation), residual, inplace,
+        activation_of(activation), residual, inplace, mask, statistics, state,
     )  # fmt: skip
-    _check(call)
+    check(call)
+    if not usual and training:
+        return estimation.train(call, _recomputing())
+    if mask is not None:
+        return estimation.evaluate_masked(call, _chosen)
+    return _chosen(call)
+
+
+def _chosen(call: Call) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced(call)
-    return _train(call) if training else _evaluate_with(call)
+    return _train(call) if call.training else _evaluate_with(call)
 
 
 def _recomputing() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing."""
+    if torch.compiler.is_compiling():
+        return False  # the graph is the same for both
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -179,7 +173,7 @@ def _usual(activation: Any, residual: Tensor | None, x: Tensor) -> bool:
     )
 
 
-def _train(call: _Call) -> Tensor:
+def _train(call: Call) -> Tensor:
     x, mean, var, weight, bias = call[:5]
     kernel = which(x, True, weight, bias, mean, var, call.batches, call.residual)
     if _recomputing():
@@ -193,12 +187,12 @@ def _train(call: _Call) -> Tensor:
     return _followed(y, call)
 
 
-def _followed(y: Tensor, call: _Call) -> Tensor:
+def _followed(y: Tensor, call: Call) -> Tensor:
     """Residual and activation by torch's own operators."""
     return applied(call.activation, y if call.residual is None else y + call.residual)
 
 
-def _train_cpu(call: _Call) -> Tensor:
+def _train_cpu(call: Call) -> Tensor:
     x, plan = cpu.laid_out(call.x)
     weight, bias = _ready(call.weight, plan), _ready(call.bias, plan)
     running = None if call.batches is None else cpu.Running(None, None, call.batches, 0.0)
@@ -222,7 +216,7 @@ def _ready(t: Tensor | None, plan: cpu.Plan) -> Tensor | None:
     return None if t is None else t.to(plan.statistics).contiguous()
 
 
-def _extras(call: _Call, x: Tensor) -> operators.Extras:
+def _extras(call: Call, x: Tensor) -> operators.Extras:
     """What goes along with x, laid out like it; a copy of the input, which it is then, can be overwritten as well."""
     residual = call.residual
     if residual is not None and residual.stride() != x.stride():
@@ -236,8 +230,8 @@ def _train_aten(
     """Momentum 1 makes ATen write the batch's mean and unbiased variance where the running statistics would be."""
     if x.numel() == 0:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None, None
-    dtype = torch.float32 if x.dtype in _NARROW else x.dtype
-    if x.dtype in _NARROW:
+    dtype = torch.float32 if x.dtype in NARROW else x.dtype
+    if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
     y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
@@ -254,7 +248,7 @@ def _train_reference(
     return y, mean.detach(), var.detach() * (count / (count - 1))
 
 
-def _track(call: _Call, mean: Tensor | None, unbiased: Tensor | None) -> None:
+def _track(call: Call, mean: Tensor | None, unbiased: Tensor | None) -> None:
     """Count the batch and move the running statistics, without ever looking at a value: no wait, no graph break."""
     running_mean, running_var, batches, momentum = call.running_mean, call.running_var, call.batches, call.momentum
     with torch.no_grad():
@@ -278,7 +272,7 @@ def _track(call: _Call, mean: Tensor | None, unbiased: Tensor | None) -> None:
         running_var.copy_(torch.where(finite, new_var.to(running_var.dtype), running_var))
 
 
-def _traced(call: _Call) -> Tensor:
+def _traced(call: Call) -> Tensor:
     """What torch.compile and torch.export record."""
     x, running_mean, running_var, weight, bias = call[:5]
     if not call.training:
@@ -308,25 +302,25 @@ def _evaluate(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    call = _Call(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
+    call = Call(x, running_mean, running_var, weight, bias, False, momentum, eps, None)
     small = asked_for.get() is None and x.numel() * x.element_size() < EVALUATE_FROM
     if small and eps >= 0:
         # ATen checks enough for itself. Evaluation changes nothing, so our own checks can wait until it objects.
         try:
             y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
         except (RuntimeError, IndexError, ValueError):
-            _check(call)
-            if running_mean is None or running_var is None or x.dtype in _NARROW or running_mean.dtype == x.dtype:
+            check(call)
+            if running_mean is None or running_var is None or x.dtype in NARROW or running_mean.dtype == x.dtype:
                 raise
             # Statistics of another precision, which training can move: ATen wants the input's.
             y = _evaluate_aten(x, running_mean.to(x.dtype), running_var.to(x.dtype), weight, bias, eps)
         record.forward = "aten"
         return y
-    _check(call)
+    check(call)
     return _evaluate_with(call)
 
 
-def _evaluate_with(call: _Call) -> Tensor:
+def _evaluate_with(call: Call) -> Tensor:
     x, running_mean, running_var, weight, bias = call[:5]
     assert running_mean is not None  # _check has seen to it
     assert running_var is not None
@@ -340,7 +334,7 @@ def _evaluate_with(call: _Call) -> Tensor:
         given = torch.stack((running_mean.double(), running_var.double()))
         weight, bias = _ready(weight, plan), _ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
-    if x.dtype not in _NARROW and running_mean.dtype != x.dtype:
+    if x.dtype not in NARROW and running_mean.dtype != x.dtype:
         running_mean, running_var = running_mean.to(x.dtype), running_var.to(x.dtype)
     return _followed(_evaluate_aten(x, running_mean, running_var, weight, bias, call.eps), call)
 
@@ -353,7 +347,7 @@ def _evaluate_aten(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    if x.dtype in _NARROW and running_mean is not None and running_mean.dtype == torch.float32:
+    if x.dtype in NARROW and running_mean is not None and running_mean.dtype == torch.float32:
         weight, bias = _widened(weight), _widened(bias)
     return torch.batch_norm(
         x,
@@ -370,130 +364,3 @@ def _evaluate_aten(
 
 def _widened(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
-
-
-# --- checks ---
-
-
-def _check(call: _Call) -> None:
-    """Raise what torch would raise, with the sizes and the remedy, before anything is changed."""
-    x, running_mean, running_var, weight, bias, training, momentum, eps, batches = call[:9]
-    shape, dtype = x.shape, x.dtype
-    if len(shape) < 2:
-        raise ValueError(f"expected at least 2D input (got {len(shape)}D input): batch_norm needs (N, C, *space)")
-    if not dtype.is_floating_point:
-        kind = _NAMES.get(dtype, str(dtype).removeprefix("torch."))
-        raise NotImplementedError(f'"batch_norm" not implemented for {kind!r}: convert the input to a floating dtype')
-    channels = shape[1]
-    if channels == 0:
-        raise ValueError(f"expected at least 1 channel, got input size {shape}: dimension 1 counts the channels")
-    if training and shape[0] == 1 and x.numel() == channels:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {shape}: one value has no variance; "
-            "use a larger batch, drop the last one, or eval()"
-        )
-    if eps <= 0 and (training or eps < 0):
-        raise ValueError(
-            f"batch_norm eps must be {'positive during training' if training else 'non-negative'}, but got {eps}"
-        )
-    if momentum is None:
-        if training and running_mean is not None and batches is None:
-            raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
-    elif not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
-    if running_mean is None or running_var is None:
-        if not training:
-            name = "running_mean" if running_mean is None else "running_var"
-            raise RuntimeError(f"{name} must be defined in evaluation mode: pass statistics, or training=True")
-        if running_mean is not running_var:
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
-    else:
-        _check_channels("running_mean", running_mean, x, channels)
-        _check_channels("running_var", running_var, x, channels)
-    if weight is not None:
-        _check_channels("weight", weight, x, channels)
-    if bias is not None:
-        _check_channels("bias", bias, x, channels)
-    if batches is not None and batches.device != x.device:
-        raise _elsewhere("num_batches_tracked", batches, x)
-    if call.residual is not None:
-        _check_residual(call.residual, x)
-    if call.inplace:
-        _check_inplace(call)
-
-
-def _check_residual(residual: Tensor, x: Tensor) -> None:
-    if residual.shape != x.shape:
-        raise RuntimeError(
-            f"residual should have the input's size {tuple(x.shape)}, got {tuple(residual.shape)}: "
-            "it is not broadcast; use expand_as"
-        )
-    if residual.device != x.device:
-        raise _elsewhere("residual", residual, x)
-    if residual.dtype != x.dtype:
-        raise RuntimeError(f"mixed dtype: residual is {residual.dtype} and the input is {x.dtype}: convert one of them")
-    if residual.layout != torch.strided:
-        raise RuntimeError(f"residual is {residual.layout}, and only strided tensors can be added: use to_dense()")
-
-
-def _check_inplace(call: _Call) -> None:
-    """Refuse what could not be undone, or must not be overwritten, before anything is."""
-    x, weight, bias, activation = call.x, call.weight, call.bias, call.activation
-    if call.residual is not None:
-        raise ValueError("inplace=True keeps no residual, so the input could not be found again: use inplace=False")
-    name, parameter = ("identity", 1.0) if activation is None else activation
-    if name not in INVERTIBLE or parameter <= 0:
-        raise ValueError(
-            f"inplace=True needs an activation that can be undone ({', '.join(sorted(INVERTIBLE))}, with a parameter "
-            f"above 0), not {name} with {parameter}: use inplace=False"
-        )
-    if name == "elu" and x.dtype in _NARROW:
-        raise ValueError(f"inplace=True cannot undo 'elu' in {x.dtype}, where it is flat below -6: use inplace=False")
-    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(
-            "a leaf Variable that requires grad is being used in an in-place operation: batch_norm(inplace=True) would "
-            f"overwrite the input of size {tuple(x.shape)}; use inplace=False, or give it a convolution's result"
-        )
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location: "
-            f"the input of size {tuple(x.shape)} is expanded; use clone() or inplace=False"
-        )
-    if weight is not None:
-        size = weight.detach().abs().double()
-        limit = _SMALLEST_SCALE * (1.0 if bias is None else bias.detach().abs().double().clamp(min=1.0))
-        small = (~(size >= limit)).nonzero().flatten().tolist() if not torch.compiler.is_compiling() else []
-        if small:
-            raise RuntimeError(
-                f"inplace=True cannot find the input again through a weight of {weight[small[0]].item():g} in channel "
-                f"{small[0]} ({len(small)} of {len(weight)} channels below 1/1024 of their bias or of 1): "
-                "use inplace=False, or keep weights away from 0"
-            )
-
-
-def _check_channels(name: str, t: Tensor, x: Tensor, channels: int) -> None:
-    if t.shape != (channels,):
-        if t.numel() != channels:
-            raise RuntimeError(
-                f"{name} should contain {channels} elements not {t.numel()}: "
-                f"the input of size {tuple(x.shape)} has {channels} channels"
-            )
-        raise RuntimeError(
-            f"{name} should be a vector of {channels} elements, got size {tuple(t.shape)}: use reshape(-1)"
-        )
-    if t.device != x.device:
-        raise _elsewhere(name, t, x)
-    if t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype in _NARROW):
-        return
-    if name.startswith("running") and t.dtype.is_floating_point:
-        return  # a store of values, which may be wider (or, if somebody insists, narrower)
-    raise RuntimeError(
-        f"mixed dtype: {name} is {t.dtype} and the input is {x.dtype}; parameters have the input's dtype, "
-        "or float32 beside half precision"
-    )
-
-
-def _elsewhere(name: str, t: Tensor, x: Tensor) -> RuntimeError:
-    return RuntimeError(
-        f"Tensor on device {t.device} is not on the expected device {x.device}!: {name} must be moved to the input's"
-    )

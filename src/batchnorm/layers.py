@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.activations import Activation, activation_of, module_of
 from batchnorm.functional import batch_norm
+from batchnorm.statistics import Accumulated, Batch, Policy
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
@@ -29,16 +30,42 @@ class _Ours(_Base):
     # Also what layers have that were pickled, or came from torch.nn, without them.
     activation: Activation | None = None
     inplace: bool = False
+    _statistics: Policy | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    @property
+    def statistics(self) -> Policy:
+        """Over which sets the moments are taken; setting it replaces what the layer remembers for the old policy."""
+        return self._statistics or Batch()
+
+    @statistics.setter
+    def statistics(self, policy: Policy | None) -> None:
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"statistics must be a policy, such as Ghost(16) or Sync(), got {policy!r}")
+        if self._statistics is not None and self._statistics.STATE is not None:
+            self._buffers.pop(self._statistics.STATE, None)
+            self._non_persistent_buffers_set.discard(self._statistics.STATE)
+        self._statistics = None if type(policy) is Batch else policy
+        if policy is not None and policy.STATE is not None:
+            mean = self.running_mean
+            known = mean is not None and not isinstance(mean, UninitializedBuffer)
+            state = policy.state(self.num_features, mean.device if known else None)  # type: ignore[union-attr]
+            self.register_buffer(policy.STATE, state, persistent=policy.KEPT)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize ``(N, C, *space)``, add the residual, apply the activation.
 
         It normalizes with the batch's moments in training, with the running statistics otherwise.
+
+        Args:
+            input: ``(N, C, *space)``.
+            residual: of the same shape and dtype; added before the activation.
+            mask: ``(N, *space)``, or of a shape that broadcasts to that; bool or weights: the positions that count.
         """
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
             tracer: Any = input.tracer
             given = (input,) if residual is None else (input, residual)
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
+            more = {} if mask is None else {"mask": mask}
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, more)
         self._check_input_dim(input)
         parameters, buffers = self._parameters, self._buffers
         try:  # a third of what getattr costs
@@ -52,9 +79,11 @@ class _Ours(_Base):
             batches, training = None, mean is None and var is None
         elif not self.track_running_stats:
             mean = var = batches = None
+        policy = self._statistics
         return batch_norm(
             input, mean, var, weight, bias, training, self.momentum, self.eps, num_batches_tracked=batches,
-            activation=self.activation, residual=residual, inplace=self.inplace,
+            activation=self.activation, residual=residual, inplace=self.inplace, mask=mask, statistics=policy,
+            state=None if policy is None or policy.STATE is None else buffers[policy.STATE],
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -63,13 +92,31 @@ class _Ours(_Base):
         if self.activation is not None:
             name, parameter = self.activation
             said += f", activation={name}" + (f"({parameter:g})" if name in ("leaky_relu", "elu") else "")
-        return said + (", inplace=True" if self.inplace else "")
+        said += ", inplace=True" if self.inplace else ""
+        return said + ("" if self._statistics is None else f", statistics={self._statistics}")
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches, also what a policy remembers."""
+        super().reset_running_stats()
+        if self._statistics is not None and self._statistics.STATE is not None:
+            self._buffers[self._statistics.STATE].zero_()  # type: ignore[union-attr]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
+        """Load as torch does; a checkpoint of a layer without this policy leaves what the policy remembers as it is."""
+        policy = self._statistics
+        if policy is not None and policy.STATE is not None and policy.KEPT and prefix + policy.STATE not in state_dict:
+            state_dict = {**state_dict, prefix + policy.STATE: self._buffers[policy.STATE]}
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""
-        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        before = {name: self._buffers.get(name) for name in (*_STATISTICS, Accumulated.STATE)}
         super()._apply(fn, recurse)
+        gathered = before.pop(Accumulated.STATE)
         _widen(self, before)
+        if gathered is not None:
+            now = self._buffers[Accumulated.STATE]
+            self._buffers[Accumulated.STATE] = gathered.to(now.device) if not gathered.is_meta else now.double()  # type: ignore[union-attr]
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -108,7 +155,7 @@ def _torch_twin(layer: nn.Module) -> nn.Module:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     kind = next(kind for kind in kinds if isinstance(layer, kind))
     twin: nn.Module = kind.__new__(kind)
-    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("activation", "inplace")})
+    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("activation", "inplace", "_statistics")})
     return twin
 
 
@@ -125,13 +172,14 @@ class _BatchNorm(_Ours, nn.modules.batchnorm._BatchNorm):
         *,
         activation: Any = None,
         inplace: bool = False,
+        statistics: Policy | None = None,
         **bias: bool,
     ) -> None:
         if num_features <= 0:
             raise ValueError(f"num_features must be at least 1, got {num_features}: it counts the channels")
         _check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
-        self.activation, self.inplace = activation_of(activation), inplace
+        self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
         _widen(self)
 
 
@@ -149,6 +197,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
             torch's function or module. Called with a residual, ``layer(x, skip)``, it gives
             ``activation(normalized + skip)``.
         inplace: let the result overwrite the input; see ``batchnorm.functional.batch_norm`` for when that is possible.
+        statistics: a policy that says over which sets the moments are taken: ``Ghost(16)``, ``Renorm()``, ``Sync()``,
+            ``Accumulated(4)``; see ``batchnorm.statistics``. By default over the batch.
 
     Raises:
         ValueError: input of other dimensions, one value per channel in training.
@@ -184,13 +234,19 @@ class _LazyBatchNorm(_Ours):
         *,
         activation: Any = None,
         inplace: bool = False,
+        statistics: Policy | None = None,
         **bias: bool,
     ) -> None:
         _check_momentum(momentum)
         arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)  # num_features is yet unknown
         super().__init__(*arguments, **bias)
-        self.activation, self.inplace = activation_of(activation), inplace
+        self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
         _widen(self)
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Take the number of channels from the first input."""
+        super().initialize_parameters(input)  # type: ignore[misc]
+        self.statistics = self._statistics  # which can make its buffer now
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):

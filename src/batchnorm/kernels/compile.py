@@ -13,8 +13,9 @@ import torch
 
 from batchnorm.kernels.form import Form
 from batchnorm.kernels.loops import activations, columns, planes
-from batchnorm.kernels.loops.slots import who
-from batchnorm.kernels.simd import pointer
+from batchnorm.kernels.loops.channels import finish
+from batchnorm.kernels.loops.slots import ALL_SLOTS, LAST, PARTS, SETS, STAGE, meet, select, who
+from batchnorm.kernels.simd import alloca, pointer
 
 work: Any = None  # these five are set for each function that `compiled` makes
 stored = param = acc = form = work
@@ -22,9 +23,16 @@ _STORED = {torch.float32: numba.float32, torch.float64: numba.float64, torch.bfl
 
 
 def _entry(slots: Any) -> None:
-    a = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
-    thread, threads = who(a)
-    work(a, thread, threads, stored, param, acc, form)
+    whole = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
+    a = alloca(ALL_SLOTS, numba.int64)
+    thread, threads = who(whole)
+    if whole[STAGE] != LAST:
+        for index in range(whole[SETS]):
+            select(whole, a, index)
+            work(a, thread, threads, stored, param, acc, form)
+            if whole[SETS] > 1 and whole[PARTS] != 0:
+                meet(whole)  # the next set uses the same memory between its passes
+    finish(whole, a, thread, param)
 
 
 def compiled(name: str, dtype: torch.dtype, form: Form) -> Any:

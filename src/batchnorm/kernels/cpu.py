@@ -84,6 +84,34 @@ class Fused(NamedTuple):
     inplace: bool = False  # y takes x's place
 
 
+class Sets(NamedTuple):
+    """The sets that moments are taken over, where they are not the batch with all its positions."""
+
+    size: int  # samples of a set; the last one may have fewer
+    weights: Tensor | None = None  # of positions: (N, space), contiguous, in the plan's dtype of statistics
+    counts: Tensor | None = None  # their sum in each set, float64
+    firsts: Tensor | None = None  # the first position in each set whose weight is not 0, int64; -1 if there is none
+    limits: tuple[float, float] | None = None  # of r and d, where renormalization follows
+    moments: Tensor | None = None  # where they are to be written; see `memory`
+
+    def number(self, plan: Plan) -> int:
+        return -(-plan.batch // self.size)
+
+    def memory(self, plan: Plan) -> Tensor:
+        """Memory for (sets, 2, C): mean and biased variance; (sets, 4, C) with r and d."""
+        rows = 2 if self.limits is None else 4
+        return torch.empty(self.number(plan), rows, plan.channels, dtype=torch.float64, device="cpu")
+
+    def packed(self, plan: Plan) -> bytes:
+        lines = {"planes": plan.channels, "rows": plan.space, "small": 1}[plan.kind]
+        rows, limits = (2, (0.0, 0.0)) if self.limits is None else (4, self.limits)
+        slots = launch.SetSlots(
+            self.number(plan), self.size, lines * plan.row_bits // 8, rows, plan.dtype.itemsize,
+            _address(self.weights), _address(self.counts), _address(self.firsts), *limits,
+        )  # fmt: skip
+        return slots.packed()
+
+
 class Gradients(NamedTuple):
     """Of x, weight, bias and residual; None where not wanted."""
 
@@ -91,6 +119,16 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     residual: Tensor | None = None
+
+
+def laid_out_sets(x: Tensor, size: int, weighted: bool) -> tuple[Tensor, Plan]:
+    """`laid_out` for moments over sets or over weighted positions."""
+    found = sets_plan(x.shape, x.stride(), x.dtype, size, weighted)
+    if found is None:
+        x = x.contiguous()
+        found = sets_plan(x.shape, x.stride(), x.dtype, size, weighted)
+        assert found is not None, "contiguous tensors can always be read"
+    return x, found
 
 
 def laid_out(x: Tensor, given: bool = False) -> tuple[Tensor, Plan]:
@@ -126,6 +164,21 @@ def given_plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) 
     if kind == "rows":
         return _planned((shape, strides), dtype, seen, False, *_cut_rows(batch * space, channels, dtype.itemsize))
     return _planned((shape, strides), dtype, ("planes", batch, channels, space), False, *_cut_planes(space))
+
+
+@lru_cache(maxsize=4096)
+def sets_plan(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, size: int, weighted: bool
+) -> Plan | None:
+    """The same for moments over sets of `size` samples, or over weighted positions: samples must stay apart."""
+    seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), apart=True)
+    if seen is None:
+        return None
+    kind, batch, channels, space = seen
+    if weighted and kind == "small":  # whose columns would need a weight each
+        kind = "planes"
+    cut = _divide(kind, size, channels, space, dtype.itemsize)
+    return _planned((shape, strides), dtype, (kind, batch, channels, space), *cut)
 
 
 @lru_cache(maxsize=4096)
@@ -180,13 +233,13 @@ def _whole_bytes(bits: int) -> int:
     return -(-bits // 8) * 8
 
 
-def _view(x: Tensor) -> tuple[str, int, int, int] | None:
+def _view(x: Tensor, apart: bool = False) -> tuple[str, int, int, int] | None:
     batch, channels = x.shape[0], x.shape[1]
     space = x.numel() // (batch * channels)
     if x.is_contiguous():
         if space == 1:
             return "rows", batch, channels, 1
-        if channels == 1:  # every value is the channel's: one long run
+        if channels == 1 and not apart:  # every value is the channel's: one long run
             return "planes", 1, 1, batch * space
         return "small" if space < _SMALL_SPACE else "planes", batch, channels, space
     if x.stride(1) == 1 and x.movedim(1, -1).is_contiguous():
@@ -244,17 +297,20 @@ def forward(
     running: Running | None,
     eps: float,
     fused: Fused | None = None,
+    sets: Sets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalize with the batch's own moments, and what is fused with it.
 
     Args:
         x: laid out so that ``plan`` is its plan.
         weight, bias: ``(C,)`` or None, contiguous, in the plan's dtype of statistics; so are the running statistics.
+        sets: then ``plan`` is a ``sets_plan``.
 
     Returns:
-        y, and the moments (2, C): mean and biased variance, float64.
+        y, and the moments (2, C): mean and biased variance, float64; with ``sets``, theirs.
     """
-    moments = torch.empty_like(plan.moments)
+    moments = torch.empty_like(plan.moments) if sets is None else sets.moments
+    assert moments is not None
     mean = var = batches = 0
     factor = 0.0
     if running is not None:
@@ -265,7 +321,7 @@ def forward(
         y, kernel, residual, bits, parameter = torch.empty_like(x), plan.forward, 0, 0, 0.0
     else:
         y = x if fused.inplace else torch.empty_like(x)
-        form, residual, bits, parameter = _form(fused)
+        form, residual, bits, parameter = _form(fused, sets)
         kernel = plan.kernel("forward", form)
     out = y.data_ptr()
     slots = launch.pack(
@@ -273,18 +329,25 @@ def forward(
         coefficients, partials, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
         plan.streams and out % 64 == 0, eps, factor, plan.share, parameter,
     )  # fmt: skip
-    kernel(slots, plan.threads(), 2 if plan.fused else 4)
+    kernel(slots, plan.threads(), 1 if plan.fused else 3, launch.ONE_SET if sets is None else sets.packed(plan))
     del memory  # alive until here
     return y, moments
 
 
 def evaluate(
-    x: Tensor, plan: Plan, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fused: Fused
+    x: Tensor,
+    plan: Plan,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    fused: Fused,
+    sets: Sets | None = None,
 ) -> Tensor:
     """Normalize with given moments (2, C), float64; ``plan`` is a ``given_plan``; the rest as for ``forward``."""
     y = x if fused.inplace else torch.empty_like(x)
     memory, _, coefficients = _between_passes(plan, 3)
-    form, residual, bits, parameter = _form(fused)
+    form, residual, bits, parameter = _form(fused, sets)
     out = y.data_ptr()
     slots = launch.pack(
         x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
@@ -292,7 +355,8 @@ def evaluate(
         plan.streams and out % 64 == 0, eps, 0.0, 0.0, parameter,
     )  # fmt: skip
     threads = min(torch.get_num_threads(), 1 + x.numel() * x.element_size() // _PER_THREAD)
-    launch.kernel(f"{plan.kind}_evaluate", plan.dtype, form)(slots, threads, 2)
+    packed = launch.ONE_SET if sets is None else sets.packed(plan)
+    launch.kernel(f"{plan.kind}_evaluate", plan.dtype, form)(slots, threads, 2, packed)
     del memory
     return y
 
@@ -309,6 +373,7 @@ def backward(
     bias: Tensor | None = None,
     residual_wanted: bool = False,
     given: bool = False,
+    sets: Sets | None = None,
 ) -> Gradients:
     """Gradients of x, weight and bias, each only if wanted; through the batch's moments unless they were given.
 
@@ -331,14 +396,15 @@ def backward(
     else:
         strides = plan.strides
     dx = torch.empty_like(x) if wanted[0] or residual_wanted else None
-    grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
-    grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
+    pattern = plan.gradient if sets is None else plan.gradient.expand(sets.number(plan), -1)
+    grad_weight = torch.empty_like(pattern) if wanted[1] else None
+    grad_bias = torch.empty_like(pattern) if wanted[2] else None
     grad_residual = torch.empty_like(x) if residual_wanted else None
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 5)
     if fused is None:
         kernel, residual, bits, parameter = plan.backward, 0, 0, 0.0
     else:
-        form, residual, bits, parameter = _form(fused, given)
+        form, residual, bits, parameter = _form(fused, sets, given)
         kernel = plan.kernel("backward", form)
     out, dz = _address(dx), _address(grad_residual)
     slots = launch.pack(
@@ -346,8 +412,10 @@ def backward(
         coefficients, partials, _address(grad_weight), _address(grad_bias), residual, dz, bits, *plan.sizes, *strides,
         plan.streams and out % 64 == 0 and dz % 64 == 0, eps, 0.0, 0.0 if given else plan.share, parameter,
     )  # fmt: skip
-    kernel(slots, plan.threads(), 1 if plan.fused else 4)
+    kernel(slots, plan.threads(), 1 if plan.fused else 4, launch.ONE_SET if sets is None else sets.packed(plan))
     del memory
+    if sets is not None:
+        grad_weight, grad_bias = (None if t is None else t.sum(0) for t in (grad_weight, grad_bias))
     return Gradients(dx if wanted[0] else None, grad_weight, grad_bias, grad_residual)
 
 
@@ -355,11 +423,12 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _form(fused: Fused, given: bool = False) -> tuple[Form, int, int, float]:
+def _form(fused: Fused, sets: Sets | None, given: bool = False) -> tuple[Form, int, int, float]:
     """(what the loop is compiled for, the residual's address, the mask's, the activation's parameter)."""
     activation, residual, bits, inplace = fused
     name, parameter = (None, 0.0) if activation is None else activation
-    form = Form(name, residual is not None, bits is not None, inplace, given)
+    weighted = sets is not None and sets.weights is not None
+    form = Form(name, residual is not None, bits is not None, inplace, given, weighted)
     return form, _address(residual), _address(bits), parameter
 
 

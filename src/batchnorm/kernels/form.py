@@ -13,6 +13,7 @@ class Form(NamedTuple):
     bits: bool = False  # the forward writes, and the backward reads, a bit an element instead of z
     inplace: bool = False  # the backward finds y where x was
     given: bool = False  # the moments do not depend on x, as in evaluation
+    weighted: bool = False  # positions have weights; those of weight 0 are neither read nor anything but 0 in y and dx
 
 
 PLAIN = Form()

@@ -21,15 +21,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from batchnorm.kernels.form import PLAIN, Form
 
 _SLOTS = struct.Struct("=27q4d")  # addresses and sizes, then four numbers: X to PARAMETER in loops/slots.py
+_SETS = struct.Struct("=9q3d")  # the sets that moments are taken over: SETS to D_MAX
 _TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGE
 _EVERY = -1  # stage: all of them
+_LAST = 99  # the one that follows the loop's own
 
 _forked = False
 
@@ -74,6 +76,30 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="batchnorm")
 
 
+pack = _SLOTS.pack
+
+
+class SetSlots(NamedTuple):
+    """What a loop must know of sets: see SETS to D_MAX in loops/slots.py."""
+
+    sets: int = 1
+    size: int = 0  # samples
+    bits: int = 0  # bytes of a sample's mask
+    rows: int = 2  # of moments
+    item: int = 0  # bytes of a value
+    weights: int = 0  # address of the positions' weights
+    counts: int = 0  # address of their sums, one a set
+    firsts: int = 0  # address of the first position in each set that counts
+    r_max: float = 0.0  # limits of renormalization
+    d_max: float = 0.0
+
+    def packed(self) -> bytes:
+        return _SETS.pack(*self[:8], 0, 0.0, *self[8:])  # two are found for each set
+
+
+ONE_SET = SetSlots().packed()
+
+
 class Kernel:
     """A loop for one dtype and form: a C function `void f(int64_t *slots)`, compiled, or found compiled, when called.
 
@@ -86,14 +112,16 @@ class Kernel:
         self._call: Callable[[bytes], None]
         self._address: int
 
-    def __call__(self, slots: bytes, threads: int, stages: int) -> None:
+    def __call__(self, slots: bytes, threads: int, stages: int, sets: bytes = ONE_SET) -> None:
         """Run the loop.
 
         Args:
             slots: what ``pack`` made.
             threads: at most so many.
             stages: how many the loop has. Each begins when all threads have ended the one before.
+            sets: packed ``SetSlots``.
         """
+        slots += sets
         if self._function is None:
             self._compile()
         if threads <= 1 or _forked:
@@ -103,7 +131,10 @@ class Kernel:
         if omp is not None:
             omp.parallel(self._address, slots + omp.team, threads, 0)
             return
-        for stage in range(stages):
+        if sets is not ONE_SET:  # their stages alternate, and these threads cannot meet
+            self._call(slots + _SERIAL)
+            return
+        for stage in (*range(stages), _LAST):
             shares = [slots + _TEAM.pack(i, threads, 0, 0, 0, stage) for i in range(threads)]
             others = [_python_threads().submit(self._call, share) for share in shares[1:]]
             self._call(shares[0])
@@ -121,7 +152,6 @@ class Kernel:
                 self._function = function  # last: it says that the others are there; and it keeps the code alive
 
 
-pack = _SLOTS.pack
 _compiling = threading.Lock()
 
 

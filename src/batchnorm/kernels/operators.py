@@ -66,7 +66,7 @@ class _Train(torch.autograd.Function):
         wanted = need_x, need_weight, need_bias
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated itself
             record.backward = "reference"
-            y = _reference(x, weight, bias, None, eps)
+            y = _reference(x, weight, bias, moments, eps, False, None)
             dx, grad_weight, grad_bias = _differentiated(y, (x, weight, bias), wanted, dy)
         else:
             record.backward = "cpu"
@@ -87,15 +87,19 @@ def fused_cpu(
     eps: float,
     extras: Extras,
     given: Tensor | None = None,
+    sets: cpu.Sets | None = None,
 ) -> Tensor:
-    """The same with what follows, or with ``given`` moments (2, C); ``plan`` is a ``given_plan`` then."""
+    """The same with what follows.
+
+    Or with ``given`` moments (2, C), where ``plan`` is a ``given_plan``; or those of ``sets``, and a ``sets_plan``.
+    """
     record.forward = "cpu"
     activation, residual, inplace = extras
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        y: Tensor = _fused_apply(x, plan, weight, bias, residual, running, eps, activation, inplace, given)
+        y: Tensor = _fused_apply(x, plan, weight, bias, residual, running, eps, activation, inplace, given, sets)
         return y
     fused = cpu.Fused(activation, residual, None, inplace)
-    return _forward(x, plan, weight, bias, running, eps, fused, given)[0]
+    return _forward(x, plan, weight, bias, running, eps, fused, given, sets)[0]
 
 
 def _forward(
@@ -107,10 +111,11 @@ def _forward(
     eps: float,
     fused: cpu.Fused,
     given: Tensor | None,
+    sets: cpu.Sets | None,
 ) -> tuple[Tensor, Tensor]:
     if given is not None:
         return cpu.evaluate(x, plan, given, weight, bias, eps, fused), given
-    return cpu.forward(x, plan, weight, bias, running, eps, fused)
+    return cpu.forward(x, plan, weight, bias, running, eps, fused, sets)
 
 
 class _Fused(torch.autograd.Function):
@@ -134,26 +139,27 @@ class _Fused(torch.autograd.Function):
         activation: Activation | None,
         inplace: bool,
         given: Tensor | None,
+        sets: cpu.Sets | None,
     ) -> Tensor:
         piecewise = activation is not None and activation.name in PIECEWISE and not inplace
         need_weight = ctx.needs_input_grad[2]
         lean = given is not None and not need_weight and not inplace  # x itself matters through z alone
         bits = plan.bits() if piecewise and (lean or residual is not None) else None
         y, moments = _forward(
-            x, plan, weight, bias, running, eps, cpu.Fused(activation, residual, bits, inplace), given
+            x, plan, weight, bias, running, eps, cpu.Fused(activation, residual, bits, inplace), given, sets
         )
         if inplace:
             ctx.mark_dirty(x)
         smooth = activation is not None and bits is None
         keep = None if lean and not smooth else y if inplace else x
         ctx.save_for_backward(keep, weight, bias, moments, bits, residual if smooth else None)
-        ctx.rest = plan, eps, activation, inplace, given is not None, residual is not None
+        ctx.rest = plan, eps, activation, inplace, given is not None, residual is not None, sets
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, moments, bits, residual = ctx.saved_tensors
-        plan, eps, activation, inplace, given, added = ctx.rest
+        plan, eps, activation, inplace, given, added, sets = ctx.rest
         need_x, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:5]
         wanted = need_x, need_weight, need_bias
         if torch.is_grad_enabled():
@@ -164,25 +170,28 @@ class _Fused(torch.autograd.Function):
                 )
             slope = None
             if bits is not None:  # linear in pieces: the slopes are constants
-                slope = _slopes(dy, x, plan, weight, bias, moments, eps, cpu.Fused(activation, None, bits), given)
+                slope = _slopes(dy, x, plan, weight, bias, moments, eps, cpu.Fused(activation, None, bits), given, sets)
             if x is None:
                 x = torch.zeros_like(dy)  # y is affine in x: any x has the same gradient
             if residual is None and added:
                 residual = torch.zeros_like(x, requires_grad=True)
-            z = _reference(x, weight, bias, moments if given else None, eps)
+            z = _reference(x, weight, bias, moments, eps, given, sets)
             z = z if residual is None else z + residual
             y = z * slope if slope is not None else applied(activation, z)
+            if sets is not None and sets.weights is not None:
+                y = reference.counted(y, sets.weights)
             grads = _differentiated(y, (x, weight, bias, residual), (*wanted, need_residual), dy)
         else:
             record.backward = "cpu"
             fused = cpu.Fused(activation, residual, bits, inplace)
-            passes_on = need_residual and activation is None  # the residual's gradient is dy itself
+            weighted = sets is not None and sets.weights is not None
+            passes_on = need_residual and activation is None and not weighted  # the residual's gradient is dy itself
             found = cpu.backward(
-                dy, x, plan, weight, moments, eps, wanted, fused, bias, need_residual and not passes_on, given
+                dy, x, plan, weight, moments, eps, wanted, fused, bias, need_residual and not passes_on, given, sets
             )
             grads = (*found[:3], dy if passes_on else found.residual)
         dx, grad_weight, grad_bias, grad_residual = grads
-        return dx, None, grad_weight, grad_bias, grad_residual, None, None, None, None, None
+        return dx, None, grad_weight, grad_bias, grad_residual, None, None, None, None, None, None
 
 
 _fused_apply = super(torch.autograd.Function, _Fused).apply
@@ -191,9 +200,20 @@ _fused_apply = super(torch.autograd.Function, _Fused).apply
 # --- to differentiate once more ---
 
 
-def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Tensor | None, eps: float) -> Tensor:
-    if given is not None:
-        return reference.inference(x, given[0], given[1], weight, bias, eps)
+def _reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    given: bool,
+    sets: cpu.Sets | None,
+) -> Tensor:
+    if given:
+        return reference.inference(x, moments[0], moments[1], weight, bias, eps)
+    if sets is not None:
+        renorm = None if sets.limits is None else (moments[:, 2], moments[:, 3])
+        return reference.sets_forward(x, weight, bias, eps, sets.size, sets.weights, lambda *_: renorm)[0]
     return reference.train_forward(x, weight, bias, eps)[0]
 
 
@@ -207,11 +227,12 @@ def _slopes(
     eps: float,
     fused: cpu.Fused,
     given: bool,
+    sets: cpu.Sets | None,
 ) -> Tensor:
     """The activation's slope everywhere: what it makes of a gradient of ones."""
     ones = torch.ones_like(like)
     with torch.no_grad():
-        found = cpu.backward(ones, x, plan, weight, moments, eps, (False,) * 3, fused, bias, True, given).residual
+        found = cpu.backward(ones, x, plan, weight, moments, eps, (False,) * 3, fused, bias, True, given, sets).residual
     assert found is not None
     return found
 

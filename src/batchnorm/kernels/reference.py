@@ -13,7 +13,11 @@ Shift", arXiv 1502.03167. For images, a channel's mini-batch holds the values at
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.moments import Moments, accumulate_dtype
@@ -55,6 +59,73 @@ def inference(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
     if bias is not None:
         y = y + _per_channel(bias, x)
     return y.to(x.dtype)
+
+
+def sets_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    size: int,
+    weights: Tensor | None = None,
+    renorm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None = None,
+    merged: Callable[[Moments], Moments] | None = None,
+) -> tuple[Tensor, Moments]:
+    """Normalize each ``size`` samples of ``x`` by their own moments, over positions that have weights.
+
+    Args:
+        x, weight, bias, eps: as for ``train_forward``; ``x`` may be empty.
+        size: samples in a set; the last one may have fewer.
+        weights: ``(N, space)``, none negative; None for 1. What is at positions of weight 0 influences nothing, and
+            ``y`` is 0 there.
+        renorm: gives (r, d), each ``(sets, C)`` and constant, for the sets' mean and biased variance; or None.
+        merged: replaces the sets' moments, for instance by those of all processes.
+
+    Returns:
+        ``y``, and the sets' moments, ``(sets, C)``.
+
+    Sources: Hoffer, Hubara & Soudry 2017, arXiv 1705.08741, Algorithm 1 (sets); Ioffe 2017, arXiv 1702.03275,
+    Algorithm 1 (renormalization).
+    """
+    N, C = x.shape[:2]
+    parts = max(-(-N // size) if size else 1, 1)
+    rows = size if parts > 1 else N
+    wide = x.to(accumulate_dtype(x)).reshape(N, C, math.prod(x.shape[2:]))
+    added = parts * rows - N
+    if added and weights is None:
+        weights = wide.new_ones(N, wide.shape[2])
+    if weights is not None:
+        weights = F.pad(weights.to(wide.dtype), (0, 0, 0, added)).reshape(parts, rows, 1, -1 if N else wide.shape[2])
+    grouped = F.pad(wide, (0, 0, 0, 0, 0, added)).reshape(parts, rows, C, wide.shape[2])
+    if weights is not None:
+        grouped = torch.where(weights > 0, grouped, 0.0)
+    moments = Moments.of(grouped, (1, 3), weights=weights)
+    if merged is not None:
+        moments = merged(moments)
+    mean, var = moments.mean, moments.biased_variance
+    y = (grouped - _apart(mean)) / (_apart(var) + eps).sqrt()
+    corrections = None if renorm is None else renorm(mean.detach(), var.detach())
+    if corrections is not None:
+        y = y * _apart(corrections[0]) + _apart(corrections[1])
+    y = y.reshape(parts * rows, *x.shape[1:])[:N]
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    y = y.to(x.dtype)
+    if weights is not None:
+        y = counted(y, weights.reshape(parts * rows, -1 if N else wide.shape[2])[:N])
+    return y, moments
+
+
+def counted(y: Tensor, weights: Tensor) -> Tensor:
+    """Put 0 wherever the weight of the position, ``(N, space)``, is 0."""
+    return torch.where(weights.reshape(y.shape[0], 1, *y.shape[2:]) > 0, y, 0.0)
+
+
+def _apart(t: Tensor) -> Tensor:
+    """Shape ``(sets, C)`` so that it broadcasts against ``(sets, size, C, space)``."""
+    return t[:, None, :, None]
 
 
 def train_backward(

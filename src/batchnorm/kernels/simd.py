@@ -279,6 +279,21 @@ def load_pair(typingctx: Any, base: Any, index: Any) -> Any:
     return types.UniTuple(result, 2)(base, types.intp), codegen
 
 
+@intrinsic
+def load_pair_as(typingctx: Any, base: Any, index: Any, other: Any) -> Any:
+    """16 neighbours of `base` in the order in which `load_pair(other, index)` gives those of `other`."""
+    result = VECTORS[base.dtype]
+    halves = (range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)) if other.dtype == types.uint16 else None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        raw = _llvm_float(base.dtype)
+        both = builder.load(_place(builder, args[0], args[1], raw, 2 * LANES), align=_bytes(base.dtype))
+        parts = halves or (range(LANES), range(LANES, 2 * LANES))
+        return context.make_tuple(builder, signature.return_type, [_shuffled(builder, both, part) for part in parts])
+
+    return types.UniTuple(result, 2)(base, types.intp, other), codegen
+
+
 def _define_pair_store(around_caches: bool) -> Any:
     @intrinsic
     def pair_store(typingctx: Any, base: Any, index: Any, first: Any, second: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.statistics import Policy
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, obstacle
 from batchnorm.surgery.rewrite import Absorbed
 from batchnorm.surgery.undo import undo
@@ -35,7 +36,7 @@ class Converted:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module) -> Converted:
+def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
     """Make every ``torch.nn.BatchNorm1d/2d/3d`` of a model, lazy ones too, a layer of ours, in place.
 
     The objects stay the same and only change their class, so that parameters, optimizers, buffers, hooks, flags,
@@ -44,24 +45,28 @@ def convert(model: nn.Module) -> Converted:
 
     Args:
         model: any module; it may be a batch normalization layer itself.
+        statistics: a policy for all of the layers, those that are already ours included; None to leave theirs.
 
     Returns:
         What was converted, and what was left, with the reason.
 
     Example:
         >>> model = torchvision.models.resnet50()
-        >>> print(batchnorm.convert(model))
+        >>> print(batchnorm.convert(model, statistics=batchnorm.Ghost(16)))
     """
     converted, skipped = {}, {}
     for name, module in model.named_modules():
-        if type(module) in TORCHS or not is_batch_norm(module):
+        if not is_batch_norm(module) or (type(module) in TORCHS and statistics is None):
             continue
-        reason = obstacle(module)
+        reason = None if type(module) in TORCHS else obstacle(module)
         if reason is not None:
             skipped[name] = reason
             continue
-        take_over(module)
-        converted[name] = type(module).__name__
+        if type(module) not in TORCHS:
+            take_over(module)
+        if statistics is not None:
+            module.statistics = statistics
+        converted[name] = type(module).__name__ + ("" if statistics is None else f", {statistics}")
     return Converted(converted, skipped)
 
 
@@ -76,7 +81,8 @@ def revert(model: nn.Module) -> Converted:
 
     Fused activations and forwards go back to the modules that had them. A model of which nothing was left can be
     pickled and loaded without this package. torch.nn runs half-precision parameters only with statistics of their
-    dtype: such statistics are rounded to it. ``inplace``, which changes memory and not results, is dropped.
+    dtype: such statistics are rounded to it. ``inplace``, which changes memory and not results, is dropped, and so are
+    policies, which torch.nn does not have.
 
     Args:
         model: any module; it may be a layer of ours itself.
@@ -121,8 +127,9 @@ def _has_activation(layer: Any) -> str:
 
 
 def _give_back(layer: Any) -> None:
+    layer.statistics = None
     layer.__class__ = TORCHS[type(layer)]
-    for ours in ("activation", "inplace"):
+    for ours in ("activation", "inplace", "_statistics"):
         vars(layer).pop(ours, None)
     if layer.weight is None or layer.weight.dtype not in (torch.float16, torch.bfloat16):
         return

@@ -5,23 +5,30 @@ from __future__ import annotations
 import math
 
 from batchnorm.kernels.loops.slots import (
-    BATCH,
     BIAS,
     CHANNELS,
     COEFFICIENTS,
+    COUNT,
     COUNTER,
+    D_MAX,
     EPS,
     FACTOR,
+    FIRST,
     GRAD_BIAS,
     GRAD_WEIGHT,
+    LAST,
+    MOMENT_ROWS,
     MOMENTS,
     PARTIALS,
     PARTS,
+    R_MAX,
     RUNNING_MEAN,
     RUNNING_VAR,
+    SETS,
     SHARE,
     SPACE,
     WEIGHT,
+    WEIGHTS,
     X_CHANNEL,
     X,
     body,
@@ -31,6 +38,7 @@ from batchnorm.kernels.loops.slots import (
     loop,
     meet,
     real,
+    select,
     share,
 )
 from batchnorm.kernels.simd import load, offset, pointer, store
@@ -42,13 +50,34 @@ def optional(address, index, dtype, default):
 
 
 @loop
-def write_moments(a, c, shift, s, q):
+def write_moments(a, c, shift, s, q, param):
     """Mean and biased variance of channel c, from the sums of d and d² around the shift."""
     moments = pointer(a[MOMENTS], f64)
     m = s * real(a, SHARE)
     var = q * real(a, SHARE) - m * m
-    moments[c] = shift + m
-    moments[a[CHANNELS] + c] = 0.0 if var < 0.0 else var
+    mean, var = shift + m, 0.0 if var < 0.0 else var
+    channels = a[CHANNELS]
+    moments[c], moments[channels + c] = mean, var
+    if real(a, R_MAX) != 0.0:
+        moments[2 * channels + c], moments[3 * channels + c] = renormed(a, c, mean, var, param)
+
+
+@loop
+def renormed(a, c, mean, var, param):
+    """(r, d) that take the batch's moments to the running ones: Ioffe 2017, arXiv 1702.03275, Algorithm 1."""
+    sigma = math.sqrt(f64(pointer(a[RUNNING_VAR], param)[c]) + real(a, EPS))
+    r, d = math.sqrt(var + real(a, EPS)) / sigma, (mean - f64(pointer(a[RUNNING_MEAN], param)[c])) / sigma
+    r_max, d_max = real(a, R_MAX), real(a, D_MAX)
+    return min(max(r, 1.0 / r_max), r_max), min(max(d, -d_max), d_max)
+
+
+@loop
+def renorm_of(a, c):
+    """(r, d) as the forward found them; without renormalization they change nothing."""
+    if a[MOMENT_ROWS] != 4:
+        return 1.0, 0.0
+    moments, channels = pointer(a[MOMENTS], f64), a[CHANNELS]
+    return moments[2 * channels + c], moments[3 * channels + c]
 
 
 @loop
@@ -60,9 +89,12 @@ def forward_coefficients(a, c, param, acc):
     """
     moments = pointer(a[MOMENTS], f64)
     mean, var = moments[c], moments[a[CHANNELS] + c]
-    scale = optional(a[WEIGHT], c, param, 1.0) * (1.0 / math.sqrt(var + real(a, EPS)))
+    r, d = renorm_of(a, c)
+    weight = optional(a[WEIGHT], c, param, 1.0)
+    scale = weight * r * (1.0 / math.sqrt(var + real(a, EPS)))
     rounded = acc(mean)
-    return rounded, acc(scale), acc(optional(a[BIAS], c, param, 0.0) - (mean - f64(rounded)) * scale)
+    shift = optional(a[BIAS], c, param, 0.0) + weight * d
+    return rounded, acc(scale), acc(shift - (mean - f64(rounded)) * scale)
 
 
 @loop
@@ -75,11 +107,12 @@ def backward_coefficients(a, c, param, acc, s, t):
     moments = pointer(a[MOMENTS], f64)
     mean, var = moments[c], moments[a[CHANNELS] + c]
     inverse = 1.0 / math.sqrt(var + real(a, EPS))
+    r, d = renorm_of(a, c)  # constants
     if a[GRAD_WEIGHT] != 0:
-        pointer(a[GRAD_WEIGHT], param)[c] = param(t * inverse)
+        pointer(a[GRAD_WEIGHT], param)[c] = param(t * inverse * r + s * d)
     if a[GRAD_BIAS] != 0:
         pointer(a[GRAD_BIAS], param)[c] = param(s)
-    scale = optional(a[WEIGHT], c, param, 1.0) * inverse
+    scale = optional(a[WEIGHT], c, param, 1.0) * r * inverse
     if real(a, SHARE) == 0.0:
         return acc(scale), acc(0.0), acc(0.0)
     slope = -scale * inverse * inverse * t * real(a, SHARE)
@@ -96,15 +129,15 @@ def unpacking(a, c, param, acc, form):
 
 
 @body
-def update_running(a, thread, threads, stored, param, acc):
-    """Move the running statistics towards the batch's moments and count the batch.
+def update_running(a, param):
+    """Move the running statistics towards a set's moments and count the batch.
 
     Not at all if any of them would be stored as something not finite: one bad batch must not poison inference for good.
+    Nor if it has one value or none, and so no variance.
     """
-    if a[RUNNING_MEAN] == 0 and a[COUNTER] == 0:
+    moments, channels, count = pointer(a[MOMENTS], f64), a[CHANNELS], real(a, COUNT)
+    if count <= 1.0:
         return
-    moments, channels = pointer(a[MOMENTS], f64), a[CHANNELS]
-    count = f64(a[BATCH] * a[SPACE])
     unbiased = count / (count - 1.0)
     for c in range(channels):
         if not (math.isfinite(param(moments[c])) and math.isfinite(param(moments[channels + c] * unbiased))):
@@ -115,21 +148,28 @@ def update_running(a, thread, threads, stored, param, acc):
         counter[0] += 1
         if factor < 0.0:  # momentum=None: the plain average over batches
             factor = 1.0 / f64(counter[0])
-    if a[RUNNING_MEAN] == 0:
+    if a[RUNNING_MEAN] == 0 or factor == 0.0:
         return
     mean, var = pointer(a[RUNNING_MEAN], param), pointer(a[RUNNING_VAR], param)
+    eps = real(a, EPS)
     for c in range(channels):
         mean[c] = param((1.0 - factor) * f64(mean[c]) + factor * moments[c])
-        var[c] = param((1.0 - factor) * f64(var[c]) + factor * moments[channels + c] * unbiased)
+        if a[MOMENT_ROWS] == 4:  # renormalization averages the deviation, with eps in it, instead of the variance
+            sigma = (1.0 - factor) * math.sqrt(f64(var[c]) + eps) + factor * math.sqrt(moments[channels + c] + eps)
+            var[c] = param(max(sigma * sigma - eps, 0.0))
+        else:
+            var[c] = param((1.0 - factor) * f64(var[c]) + factor * moments[channels + c] * unbiased)
 
 
 @loop
-def finish(a, stage, thread, threads, stored, param, acc):
-    """The last stage of a forward: one thread moves the running statistics, once all moments are there."""
-    if a[RUNNING_MEAN] != 0 or a[COUNTER] != 0:
-        meet(a)
-        if due(a, stage) and thread == 0:
-            update_running(a, thread, threads, stored, param, acc)
+def finish(whole, a, thread, param):
+    """The last stage of a forward: one thread moves the running statistics by each set in order."""
+    if whole[RUNNING_MEAN] != 0 or whole[COUNTER] != 0:
+        meet(whole)
+        if due(whole, LAST) and thread == 0:
+            for index in range(whole[SETS]):
+                select(whole, a, index)
+                update_running(a, param)
 
 
 # --- between two separate passes
@@ -153,14 +193,41 @@ def parts_added(a, first, last):
 
 
 @loop
-def combine(a, thread, threads, stored, param, acc):
+def combine(a, thread, threads, stored, param, acc, form):
     """Add the parts' sums of this thread's channels up into moments and forward coefficients."""
-    x, channels = pointer(a[X], stored), a[CHANNELS]
+    channels = a[CHANNELS]
     first, last = share(channels, thread, threads)
     sums = parts_added(a, first, last)
     for c in range(first, last):
-        write_moments(a, c, f64(load(x, c * a[X_CHANNEL], 1)), sums[c], sums[channels + c])
+        write_moments(a, c, f64(origin_of(a, c, stored, acc, form)), sums[c], sums[channels + c], param)
     prepare(a, thread, threads, param, acc)
+
+
+@loop
+def origin_of(a, c, stored, acc, form):
+    """What the sums of all parts of channel c are taken around: a value near it."""
+    x, index = pointer(a[X], stored), a[FIRST]
+    if not form.WEIGHTED:
+        return load(x, c * a[X_CHANNEL], 1)
+    if a[X_CHANNEL] != 1:
+        return weighted_shift(a, x, c, pointer(a[WEIGHTS], acc), acc)
+    return load(x, index * a[CHANNELS] + c, 1) if index >= 0 else acc(0.0)
+
+
+@loop
+def weighted_shift(a, x, c, weights, acc):
+    """The mean of channel c's first values that count: 32 at most, from one sample; 0 if none counts."""
+    space, index = a[SPACE], a[FIRST]
+    if index < 0:
+        return acc(0.0)
+    run, w = offset(x, (index // space * a[CHANNELS] + c) * space), offset(weights, index // space * space)
+    s, found = acc(0.0), 0
+    for i in range(index % space, space):
+        if w[i] > acc(0.0):
+            s, found = s + load(run, i, 1), found + 1
+            if found == 32:
+                break
+    return s / acc(found)
 
 
 @loop

@@ -5,19 +5,20 @@ A block of columns keeps its sums or coefficients in first-level cache while row
 
 from __future__ import annotations
 
+from batchnorm.kernels.elementary import like
 from batchnorm.kernels.loops.channels import (
     backward_coefficients,
     backward_combine,
     backward_prepare,
     combine,
-    finish,
     forward_coefficients,
+    origin_of,
     prepare,
     sums_wanted,
     unpacking,
     write_moments,
 )
-from batchnorm.kernels.loops.forms import activated, input_gradient, put, residual_at, unpacked
+from batchnorm.kernels.loops.forms import activated, counted, input_gradient, put, residual_at, weighed
 from batchnorm.kernels.loops.slots import (
     BATCH,
     BITS,
@@ -29,6 +30,7 @@ from batchnorm.kernels.loops.slots import (
     DY,
     DY_BATCH,
     DY_SPACE,
+    FIRST,
     FIVE_COLUMNS,
     GRAD_RESIDUAL,
     MOMENTS,
@@ -40,6 +42,7 @@ from batchnorm.kernels.loops.slots import (
     SPACE,
     STREAM,
     STRETCH,
+    WEIGHTS,
     X_CHANNEL,
     X,
     body,
@@ -111,48 +114,77 @@ def column_shifts(x, rows, stride, width, shift, acc):
         j += 1
 
 
+@loop
+def weighted_column_shifts(x, w, first, rows, stride, width, shift, acc):
+    """The mean of each column's first eight values that count, of rows first..rows; 0 if none counts."""
+    fill(shift, 0, width, acc(0.0))
+    found, r = 0, first
+    while r < rows and found < 8:
+        if w[r] > acc(0.0):
+            found += 1
+            for j in range(width):
+                shift[j] += load(x, r * stride + j, 1)
+        r += 1
+    if found > 0:
+        for j in range(width):
+            shift[j] /= acc(found)
+
+
+@loop
+def row_weight(w, row, form):
+    """The weight of a row."""
+    return f64(w[row]) if form.WEIGHTED else 1.0
+
+
+@loop
+def weighted_deviation(v, k, weight, form):
+    """(d, w·d) of a value v; nothing where it does not count."""
+    d = counted(v - k, like(v, weight), form)
+    return d, (d * like(v, weight) if form.WEIGHTED else d)
+
+
 @lanewise
-def eight_rows(x, stride, j, shift, s, q, lanes):
+def eight_rows(x, w, stride, j, shift, s, q, form, lanes):
     k = load(shift, j, lanes)
-    d = load(x, j, lanes) - k
-    sums, squares = d, d * d
+    d, sums = weighted_deviation(load(x, j, lanes), k, row_weight(w, 0, form), form)
+    squares = d * sums
     if lanes == 8:  # rows are short stretches of memory, which the processor's own prefetching serves badly
         for r in range(8, 16):
             prefetch(x, r * stride + j)
     for r in range(1, 8):
-        d = load(x, r * stride + j, lanes) - k
-        sums, squares = sums + d, fma(d, d, squares)
+        d, e = weighted_deviation(load(x, r * stride + j, lanes), k, row_weight(w, r, form), form)
+        sums, squares = sums + e, fma(d, e, squares)
     store(s, j, load(s, j, lanes) + convert(sums, f64))
     store(q, j, load(q, j, lanes) + convert(squares, f64))
 
 
 @lanewise
-def one_row(x, j, shift, s, q, lanes):
-    d = load(x, j, lanes) - load(shift, j, lanes)
-    store(s, j, load(s, j, lanes) + convert(d, f64))
-    store(q, j, load(q, j, lanes) + convert(d * d, f64))
+def one_row(x, w, j, shift, s, q, form, lanes):
+    d, e = weighted_deviation(load(x, j, lanes), load(shift, j, lanes), row_weight(w, 0, form), form)
+    store(s, j, load(s, j, lanes) + convert(e, f64))
+    store(q, j, load(q, j, lanes) + convert(d * e, f64))
 
 
 @loop
-def block_sums(x, rows, stride, width, shift, s, q):
-    """Add Σd and Σd² of each column over the rows to s and q."""
+def block_sums(x, w, rows, stride, width, shift, s, q, form):
+    """Add Σd and Σd² of each column over the rows, whose weights are in w, to s and q."""
     r = 0
     while r + 8 <= rows:
         j = 0
         while j + 8 <= width:
-            eight_rows(offset(x, r * stride), stride, j, shift, s, q, 8)
+            eight_rows(offset(x, r * stride), offset(w, r), stride, j, shift, s, q, form, 8)
             j += 8
         while j < width:
-            eight_rows(offset(x, r * stride), stride, j, shift, s, q, 1)
+            eight_rows(offset(x, r * stride), offset(w, r), stride, j, shift, s, q, form, 1)
             j += 1
         r += 8
     while r < rows:
         j = 0
         while j + 8 <= width:
-            one_row(offset(x, r * stride), j, shift, s, q, 8)
+            one_row(offset(x, r * stride), offset(w, r), j, shift, s, q, form, 8)
             j += 8
         while j < width:
-            one_row(offset(x, r * stride), j, shift, s, q, 1)
+            one_row(offset(x, r * stride), offset(w, r), j, shift, s, q, form, 1)
             j += 1
         r += 1
 
@@ -164,23 +196,24 @@ def block_bits(a, block, columns):
 
 
 @lanewise
-def apply_at(x, y, r, i, j, k, gap, bits, bit, p, streaming, form, lanes):
+def apply_at(x, y, r, i, j, k, gap, bits, bit, p, weight, streaming, form, lanes):
     v = load(x, i, lanes)
     mean, scale, shift = load(k, j, lanes), load(k, gap + j, lanes), load(k, 2 * gap + j, lanes)
     v = activated(v, residual_at(r, i, v, form, lanes), mean, scale, shift, bits, bit, p, form)
-    put(y, i, v, streaming)
+    put(y, i, counted(v, like(v, weight), form), streaming)
 
 
 @loop
-def row_apply(a, at, bit, width, k, gap, stored, acc, form):
-    """Normalize `width` neighbours from `at` on with column vectors k, k + gap, k + 2·gap; residual; activation."""
+def row_apply(a, row, stride, start, bit, width, k, gap, stored, acc, form):
+    """Normalize `width` neighbours of a row with column vectors k, k + gap, k + 2·gap; residual; activation."""
     x, y, r = pointer(a[X], stored), pointer(a[OUT], stored), pointer(a[RESIDUAL], stored)
     bits, p, streaming, j = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0, 0
+    at, weight = row * stride + start, row_weight(pointer(a[WEIGHTS], acc), row, form)
     while j + 8 <= width:
-        apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, streaming, form, 8)
+        apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, weight, streaming, form, 8)
         j += 8
     while j < width:
-        apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, streaming, form, 1)
+        apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, weight, streaming, form, 1)
         j += 1
 
 
@@ -195,30 +228,32 @@ def dy_row(a, r):
 
 
 @lanewise
-def unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes):
-    """(dz, x − mean) at i, column j; dy is at g + j."""
+def unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, weight, form, lanes):
+    """(dz, x − mean) at i, column j, of a row of that weight; dy is at g + j."""
     v, gv = load(x, i, lanes), load(dy, g + j, lanes)
     mean, scale, shift = load(k, j, lanes), load(k, gap + j, lanes), load(k, 4 * gap + j, lanes)
-    return unpacked(gv, v, residual_at(r, i, v, form, lanes), mean, scale, shift, bits, bit, p, form)
+    residual = residual_at(r, i, v, form, lanes)
+    return weighed(gv, v, residual, mean, scale, shift, bits, bit, p, like(v, weight), form)
 
 
 @loop
-def four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form):
+def four_rows_backward(x, w, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form):
     for row in range(4, 8):  # rows are short stretches of memory, which the processor's own prefetching serves badly
         prefetch(x, at + row * stride + j)
         prefetch(dy, g0 + row * (g1 - g0) + j)
-    a, v = unpacked_at(x, dy, r, at + j, g0, j, k, gap, bits, bit + j, p, form, 8)
-    b, w = unpacked_at(x, dy, r, at + stride + j, g1, j, k, gap, bits, bit + line + j, p, form, 8)
-    sums, products = a + b, fma(w, b, v * a)
-    a, v = unpacked_at(x, dy, r, at + 2 * stride + j, g2, j, k, gap, bits, bit + 2 * line + j, p, form, 8)
-    b, w = unpacked_at(x, dy, r, at + 3 * stride + j, g3, j, k, gap, bits, bit + 3 * line + j, p, form, 8)
+    w0, w1, w2, w3 = row_weight(w, 0, form), row_weight(w, 1, form), row_weight(w, 2, form), row_weight(w, 3, form)
+    a, v = unpacked_at(x, dy, r, at + j, g0, j, k, gap, bits, bit + j, p, w0, form, 8)
+    b, u = unpacked_at(x, dy, r, at + stride + j, g1, j, k, gap, bits, bit + line + j, p, w1, form, 8)
+    sums, products = a + b, fma(u, b, v * a)
+    a, v = unpacked_at(x, dy, r, at + 2 * stride + j, g2, j, k, gap, bits, bit + 2 * line + j, p, w2, form, 8)
+    b, u = unpacked_at(x, dy, r, at + 3 * stride + j, g3, j, k, gap, bits, bit + 3 * line + j, p, w3, form, 8)
     store(s, j, load(s, j, 8) + convert(sums + (a + b), f64))
-    store(t, j, load(t, j, 8) + convert(products + fma(w, b, v * a), f64))
+    store(t, j, load(t, j, 8) + convert(products + fma(u, b, v * a), f64))
 
 
 @lanewise
-def one_row_backward(x, dy, r, i, g, j, k, gap, s, t, bits, bit, p, form, lanes):
-    a, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes)
+def one_row_backward(x, dy, r, i, g, j, k, gap, s, t, bits, bit, p, weight, form, lanes):
+    a, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, weight, form, lanes)
     store(s, j, load(s, j, lanes) + convert(a, f64))
     store(t, j, load(t, j, lanes) + convert(v * a, f64))
 
@@ -227,36 +262,37 @@ def one_row_backward(x, dy, r, i, g, j, k, gap, s, t, bits, bit, p, form, lanes)
 def block_backward_sums(a, first, last, start, stride, width, base, k, gap, s, t, stored, acc, form):
     """Add Σdz and Σdz·(x − mean) of `width` columns from `start` on, over rows first..last, to s and t."""
     x, r, p = pointer(a[X], stored), pointer(a[RESIDUAL], stored), acc(real(a, PARAMETER))
-    dy, bits, row = offset(pointer(a[DY], stored), start), pointer(a[BITS], u8), first
+    dy, bits, w, row = offset(pointer(a[DY], stored), start), pointer(a[BITS], u8), pointer(a[WEIGHTS], acc), first
     while row + 4 <= last:
-        at, bit, line = row * stride + start, row * a[BITS_ROW] + base, a[BITS_ROW]
+        at, bit, line, here = row * stride + start, row * a[BITS_ROW] + base, a[BITS_ROW], offset(w, row)
         g0, g1, g2, g3 = dy_row(a, row), dy_row(a, row + 1), dy_row(a, row + 2), dy_row(a, row + 3)
         j = 0
         while j + 8 <= width:
-            four_rows_backward(x, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form)
+            four_rows_backward(x, here, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t, bits, bit, line, p, form)
             j += 8
         while j < width:
             for i in range(row, row + 4):
-                at, bit, g = i * stride + start, i * a[BITS_ROW] + base, dy_row(a, i)
-                one_row_backward(x, dy, r, at + j, g, j, k, gap, s, t, bits, bit + j, p, form, 1)
+                at, bit, g, weight = i * stride + start, i * a[BITS_ROW] + base, dy_row(a, i), row_weight(w, i, form)
+                one_row_backward(x, dy, r, at + j, g, j, k, gap, s, t, bits, bit + j, p, weight, form, 1)
             j += 1
         row += 4
     while row < last:
         at, bit, g0, j = row * stride + start, row * a[BITS_ROW] + base, dy_row(a, row), 0
+        weight = row_weight(w, row, form)
         while j + 8 <= width:
-            one_row_backward(x, dy, r, at + j, g0, j, k, gap, s, t, bits, bit + j, p, form, 8)
+            one_row_backward(x, dy, r, at + j, g0, j, k, gap, s, t, bits, bit + j, p, weight, form, 8)
             j += 8
         while j < width:
-            one_row_backward(x, dy, r, at + j, g0, j, k, gap, s, t, bits, bit + j, p, form, 1)
+            one_row_backward(x, dy, r, at + j, g0, j, k, gap, s, t, bits, bit + j, p, weight, form, 1)
             j += 1
         row += 1
 
 
 @lanewise
-def backward_apply_at(x, dy, r, dx, dz, gives, i, g, j, k, gap, bits, bit, p, streaming, form, lanes):
-    gv, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, form, lanes)
+def backward_apply_at(x, dy, r, dx, dz, gives, i, g, j, k, gap, bits, bit, p, weight, streaming, form, lanes):
+    gv, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, weight, form, lanes)
     ca, cb, cc = load(k, gap + j, lanes), load(k, 2 * gap + j, lanes), load(k, 3 * gap + j, lanes)
-    v = input_gradient(gv, v, ca, cb, cc, form)
+    v = input_gradient(gv, v, like(v, weight), ca, cb, cc, form)
     put(dx, i, v, streaming)
     if gives:
         put(dz, i, gv, streaming)
@@ -264,16 +300,17 @@ def backward_apply_at(x, dy, r, dx, dz, gives, i, g, j, k, gap, bits, bit, p, st
 
 @loop
 def row_backward_apply(a, row, start, stride, width, base, k, gap, stored, acc, form):
-    """dx = A·dz + B·(x − mean) + C with column vectors k (mean), k + gap (A) … k + 3·gap (C); dz for the residual."""
+    """dx = A·dz + weight·(B·(x − mean) + C) with column vectors k (mean), k + gap (A) … k + 3·gap (C); dz itself."""
     x, dy, r = pointer(a[X], stored), offset(pointer(a[DY], stored), start), pointer(a[RESIDUAL], stored)
     dx, dz, gives = pointer(a[OUT], stored), pointer(a[GRAD_RESIDUAL], stored), a[GRAD_RESIDUAL] != 0
     bits, p, streaming = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0
     at, g, bit, j = row * stride + start, dy_row(a, row), row * a[BITS_ROW] + base, 0
+    weight = row_weight(pointer(a[WEIGHTS], acc), row, form)
     while j + 8 <= width:
-        backward_apply_at(x, dy, r, dx, dz, gives, at + j, g, j, k, gap, bits, bit + j, p, streaming, form, 8)
+        backward_apply_at(x, dy, r, dx, dz, gives, at + j, g, j, k, gap, bits, bit + j, p, weight, streaming, form, 8)
         j += 8
     while j < width:
-        backward_apply_at(x, dy, r, dx, dz, gives, at + j, g, j, k, gap, bits, bit + j, p, streaming, form, 1)
+        backward_apply_at(x, dy, r, dx, dz, gives, at + j, g, j, k, gap, bits, bit + j, p, weight, streaming, form, 1)
         j += 1
 
 
@@ -294,24 +331,27 @@ def columns_forward(a, thread, threads, stored, param, acc, form, rows_of_channe
     for block in range(first, last):
         start = block * a[BLOCK]
         width = min(a[BLOCK], columns - start)
-        x = offset(pointer(a[X], stored), start)
+        x, w = offset(pointer(a[X], stored), start), pointer(a[WEIGHTS], acc)
         fill(s, 0, width, 0.0)
         fill(q, 0, width, 0.0)
-        column_shifts(x, rows, columns, width, shift, acc)
+        if form.WEIGHTED:  # rows are positions, since there is no "small" plan with weights
+            weighted_column_shifts(x, w, a[FIRST], rows, columns, width, shift, acc)
+        else:
+            column_shifts(x, rows, columns, width, shift, acc)
         if span > 1:  # a channel's columns share the first one's shift
             for j in range(0, width, span):
                 fill(shift, j, span, shift[j])
-        block_sums(x, rows, columns, width, shift, s, q)
+        block_sums(x, w, rows, columns, width, shift, s, q, form)
         for j in range(0, width, span):
             c = (start + j) // span
-            write_moments(a, c, f64(shift[j]), sum_of(s, j, span), sum_of(q, j, span))
+            write_moments(a, c, f64(shift[j]), sum_of(s, j, span), sum_of(q, j, span), param)
             mean, scale, bias = forward_coefficients(a, c, param, acc)
             fill(k, j, span, mean)
             fill(k, COLUMNS + j, span, scale)
             fill(k, 2 * COLUMNS + j, span, bias)
         for row in range(rows):
             bit = row * a[BITS_ROW] + block_bits(a, block, columns)
-            row_apply(a, row * columns + start, bit, width, k, COLUMNS, stored, acc, form)
+            row_apply(a, row, columns, start, bit, width, k, COLUMNS, stored, acc, form)
     if a[STREAM] != 0:
         fence()
 
@@ -351,9 +391,7 @@ def columns_backward(a, thread, threads, stored, param, acc, form, rows_of_chann
 
 @body
 def rows_forward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
-        columns_forward(a, thread, threads, stored, param, acc, form, True)
-    finish(a, 1, thread, threads, stored, param, acc)
+    columns_forward(a, thread, threads, stored, param, acc, form, True)
 
 
 @body
@@ -363,9 +401,7 @@ def rows_backward(a, thread, threads, stored, param, acc, form):
 
 @body
 def small_forward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
-        columns_forward(a, thread, threads, stored, param, acc, form, False)
-    finish(a, 1, thread, threads, stored, param, acc)
+    columns_forward(a, thread, threads, stored, param, acc, form, False)
 
 
 @body
@@ -374,9 +410,9 @@ def small_backward(a, thread, threads, stored, param, acc, form):
 
 
 @loop
-def rows_reduce(a, thread, threads, stored, acc):
+def rows_reduce(a, thread, threads, stored, acc, form):
     """Partial sums of many rows: one part is BLOCK rows of all channels."""
-    x, rows, columns = pointer(a[X], stored), a[BATCH] * a[SPACE], a[CHANNELS]
+    x, w, rows, columns = pointer(a[X], stored), pointer(a[WEIGHTS], acc), a[BATCH] * a[SPACE], a[CHANNELS]
     shift = alloca(COLUMNS, acc)
     first, last = share(a[PARTS], thread, threads)
     for p in range(first, last):
@@ -386,12 +422,27 @@ def rows_reduce(a, thread, threads, stored, acc):
         for start in range(0, columns, COLUMNS):
             width = min(COLUMNS, columns - start)
             block, s, q = offset(x, row * columns + start), offset(partials, start), offset(partials, columns + start)
-            column_shifts(block, length, columns, width, shift, acc)
-            block_sums(block, length, columns, width, shift, s, q)
-            for j in range(width):  # from this part's shift to the column's first value
-                delta = f64(shift[j]) - f64(load(x, start + j, 1))
-                moved = s[j] + f64(length) * delta
+            if form.WEIGHTED:
+                weighted_column_shifts(block, offset(w, row), 0, length, columns, width, shift, acc)
+            else:
+                column_shifts(block, length, columns, width, shift, acc)
+            block_sums(block, offset(w, row), length, columns, width, shift, s, q, form)
+            count = weight_of_rows(w, row, length, form)
+            for j in range(width):  # from this part's shift to that of all
+                delta = f64(shift[j]) - f64(origin_of(a, start + j, stored, acc, form))
+                moved = s[j] + count * delta
                 s[j], q[j] = moved, q[j] + delta * (s[j] + moved)
+
+
+@loop
+def weight_of_rows(w, row, length, form):
+    """The sum of the weights of `length` rows."""
+    if not form.WEIGHTED:
+        return f64(length)
+    count = 0.0
+    for r in range(row, row + length):
+        count += f64(w[r])
+    return count
 
 
 @loop
@@ -423,7 +474,7 @@ def rows_apply(a, thread, threads, stored, acc, form):
     while end > first:
         start = max(end - stretch, first)
         for row in range(start, end):
-            row_apply(a, row * columns, row * a[BITS_ROW], columns, k, columns, stored, acc, form)
+            row_apply(a, row, columns, 0, row * a[BITS_ROW], columns, k, columns, stored, acc, form)
         end = start
     if a[STREAM] != 0:
         fence()
@@ -449,14 +500,13 @@ def rows_backward_apply(a, thread, threads, stored, acc, form):
 @body
 def rows_split_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        rows_reduce(a, thread, threads, stored, acc)
+        rows_reduce(a, thread, threads, stored, acc, form)
     meet(a)
     if due(a, 1):
-        combine(a, thread, threads, stored, param, acc)
+        combine(a, thread, threads, stored, param, acc, form)
     meet(a)
     if due(a, 2):
         rows_apply(a, thread, threads, stored, acc, form)
-    finish(a, 3, thread, threads, stored, param, acc)
 
 
 @body

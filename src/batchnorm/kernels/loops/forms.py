@@ -6,9 +6,9 @@ the backward finds z with the same operations as the forward did, so that both s
 
 from __future__ import annotations
 
-from batchnorm.kernels.elementary import choose, like, write_bits
+from batchnorm.kernels.elementary import choose, like, where_less, write_bits
 from batchnorm.kernels.loops.slots import lanewise, loop
-from batchnorm.kernels.simd import fma, load, load_pair, splat, store, store_pair, stream, stream_pair
+from batchnorm.kernels.simd import fma, load, load_pair, load_pair_as, splat, store, store_pair, stream, stream_pair
 
 
 @lanewise
@@ -20,6 +20,24 @@ def residual_at(r, i, v, form, lanes):
 @loop
 def residual_pair(r, i, v, form):
     return load_pair(r, i) if form.RESIDUAL else (like(v, -0.0), like(v, -0.0))
+
+
+@lanewise
+def weight_at(w, i, v, form, lanes):
+    """The weight of the position of a value v of x."""
+    return load(w, i, lanes) if form.WEIGHTED else like(v, 1.0)
+
+
+@loop
+def weight_pair(w, i, x, v, form):
+    """The weights of the 16 positions that `load_pair(x, i)` gives."""
+    return load_pair_as(w, i, x) if form.WEIGHTED else (like(v, 1.0), like(v, 1.0))
+
+
+@loop
+def counted(value, weight, form):
+    """0 where the position does not count: whatever came of x there, nan included, goes no further."""
+    return where_less(like(value, 0.0), weight, value, like(value, 0.0)) if form.WEIGHTED else value
 
 
 @loop
@@ -44,9 +62,20 @@ def unpacked(g, v, residual, k, scale, shift, bits, bit, p, form):
 
 
 @loop
-def input_gradient(g, d, ca, cb, cc, form):
-    """dx from dz and x − mean."""
-    return g * ca if form.GIVEN else fma(g, ca, fma(d, cb, cc))
+def weighed(g, v, residual, k, scale, shift, bits, bit, p, weight, form):
+    """`unpacked`, and (0, 0) where the position does not count."""
+    g, d = unpacked(g, v, residual, k, scale, shift, bits, bit, p, form)
+    return counted(g, weight, form), counted(d, weight, form)
+
+
+@loop
+def input_gradient(g, d, w, ca, cb, cc, form):
+    """dx from dz, x − mean and the weight with which x counted in the moments."""
+    if form.GIVEN:
+        return g * ca
+    if form.WEIGHTED:
+        return fma(g, ca, w * fma(d, cb, cc))
+    return fma(g, ca, fma(d, cb, cc))
 
 
 @lanewise

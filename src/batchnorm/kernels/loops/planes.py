@@ -7,15 +7,16 @@ from batchnorm.kernels.loops.channels import (
     backward_combine,
     backward_prepare,
     combine,
-    finish,
     forward_coefficients,
     prepare,
     sums_wanted,
     unpacking,
+    weighted_shift,
     write_moments,
 )
 from batchnorm.kernels.loops.forms import (
     activated,
+    counted,
     gradient_at,
     gradient_pair,
     input_gradient,
@@ -23,7 +24,9 @@ from batchnorm.kernels.loops.forms import (
     put_pair,
     residual_at,
     residual_pair,
-    unpacked,
+    weighed,
+    weight_at,
+    weight_pair,
 )
 from batchnorm.kernels.loops.slots import (
     BATCH,
@@ -48,6 +51,7 @@ from batchnorm.kernels.loops.slots import (
     SPACE,
     STREAM,
     VALUES,
+    WEIGHTS,
     X,
     body,
     due,
@@ -168,34 +172,85 @@ def group_sums(a, x, first, width, origin, shift, s, q, acc):
 
 
 @loop
-def run_apply(a, at, bit, n, mean, scale, shift, stored, acc, form):
-    """Normalize n neighbours from `at` on, add the residual, apply the activation."""
+def weighted_run_sums(x, w, n, shift, acc, form):
+    """Σw·d and Σw·d² over n neighbours, in float64."""
+    s0, s1, q0, q1, s, q = no_sums(acc)
+    i = 0
+    while i + 16 <= n:
+        a, b = load_pair(x, i)
+        wa, wb = weight_pair(w, i, x, a, form)
+        a, b = counted(a - shift, wa, form), counted(b - shift, wb, form)
+        da, db = a * wa, b * wb
+        s0, q0 = s0 + da, fma(da, a, q0)
+        s1, q1 = s1 + db, fma(db, b, q1)
+        i += 16
+    if i + 8 <= n:
+        a = load(x, i, 8)
+        wa = weight_at(w, i, a, form, 8)
+        a = counted(a - shift, wa, form)
+        da = a * wa
+        s0, q0 = s0 + da, fma(da, a, q0)
+        i += 8
+    while i < n:
+        u = load(x, i, 1)
+        wu = weight_at(w, i, u, form, 1)
+        u = counted(u - shift, wu, form)
+        du = u * wu
+        s, q = s + du, fma(du, u, q)
+        i += 1
+    return run_totals((s0, s1, q0, q1, s, q))
+
+
+@loop
+def weighted_group_sums(a, x, first, width, start, length, origin, shift, s, q, acc, form):
+    """Σw·d and Σw·d² of `width` neighbouring channels, over `length` neighbours in every sample."""
+    channels, space, weights = a[CHANNELS], a[SPACE], pointer(a[WEIGHTS], acc)
+    for j in range(width):
+        shift[j] = weighted_shift(a, x, first + j, weights, acc)
+        origin[j], s[j], q[j] = f64(shift[j]), 0.0, 0.0
+    for n in range(a[BATCH]):
+        for j in range(width):
+            for i in range(start, start + length, VALUES):
+                run, w = offset(x, (n * channels + first + j) * space + i), offset(weights, n * space + i)
+                ds, dq = weighted_run_sums(run, w, min(VALUES, start + length - i), shift[j], acc, form)
+                s[j] += ds
+                q[j] += dq
+
+
+@loop
+def run_apply(a, at, place, bit, n, mean, scale, shift, stored, acc, form):
+    """Normalize n neighbours from `at` on, add the residual, apply the activation; their weights begin at `place`."""
     x, y, streaming = offset(pointer(a[X], stored), at), offset(pointer(a[OUT], stored), at), a[STREAM] != 0
     r, bits, p = offset(pointer(a[RESIDUAL], stored), at), pointer(a[BITS], u8), acc(real(a, PARAMETER))
+    weights = offset(pointer(a[WEIGHTS], acc), place)
     i = 0
     while i + 16 <= n:
         v, w = load_pair(x, i)
         rv, rw = residual_pair(r, i, v, form)
-        v = activated(v, rv, mean, scale, shift, bits, bit + i, p, form)
-        w = activated(w, rw, mean, scale, shift, bits, bit + i + 8, p, form)
+        wv, ww = weight_pair(weights, i, x, v, form)
+        v = counted(activated(v, rv, mean, scale, shift, bits, bit + i, p, form), wv, form)
+        w = counted(activated(w, rw, mean, scale, shift, bits, bit + i + 8, p, form), ww, form)
         put_pair(y, i, v, w, streaming)
         i += 16
     if i + 8 <= n:
         v = load(x, i, 8)
-        put(y, i, activated(v, residual_at(r, i, v, form, 8), mean, scale, shift, bits, bit + i, p, form), streaming)
+        rv, wv = residual_at(r, i, v, form, 8), weight_at(weights, i, v, form, 8)
+        put(y, i, counted(activated(v, rv, mean, scale, shift, bits, bit + i, p, form), wv, form), streaming)
         i += 8
     while i < n:
-        v = load(x, i, 1)
-        store(y, i, activated(v, residual_at(r, i, v, form, 1), mean, scale, shift, bits, bit + i, p, form))
+        u = load(x, i, 1)
+        ru, wu = residual_at(r, i, u, form, 1), weight_at(weights, i, u, form, 1)
+        store(y, i, counted(activated(u, ru, mean, scale, shift, bits, bit + i, p, form), wu, form))
         i += 1
 
 
 @loop
-def run_backward_sums(a, at, g, bit, n, k, scale, shift, stored, acc, form):
-    """Σdz and Σdz·(x − mean) in float64 over n neighbours; dy begins at g."""
+def run_backward_sums(a, at, place, g, bit, n, k, scale, shift, stored, acc, form):
+    """Σdz and Σdz·(x − mean) in float64 over n neighbours; dy begins at g, weights at `place`."""
     x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
     r = offset(pointer(a[RESIDUAL], stored), at)
     step, bits, p = a[DY_SPACE], pointer(a[BITS], u8), acc(real(a, PARAMETER))
+    weights = offset(pointer(a[WEIGHTS], acc), place)
     s_all, t_all = splat(0.0, 8), splat(0.0, 8)
     s, t = 0.0, 0.0
     i = 0
@@ -203,14 +258,16 @@ def run_backward_sums(a, at, g, bit, n, k, scale, shift, stored, acc, form):
         v, w = load_pair(x, i)
         rv, rw = residual_pair(r, i, v, form)
         gv, gw = gradient_pair(dy, i, step)
-        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i, p, form)
-        gw, w = unpacked(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, form)
+        wv, ww = weight_pair(weights, i, x, v, form)
+        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i, p, wv, form)
+        gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, ww, form)
         s0, t0 = gv + gw, fma(w, gw, v * gv)
         v, w = load_pair(x, i + 16)
         rv, rw = residual_pair(r, i + 16, v, form)
         gv, gw = gradient_pair(dy, i + 16, step)
-        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i + 16, p, form)
-        gw, w = unpacked(gw, w, rw, k, scale, shift, bits, bit + i + 24, p, form)
+        wv, ww = weight_pair(weights, i + 16, x, v, form)
+        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i + 16, p, wv, form)
+        gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 24, p, ww, form)
         s_all = s_all + convert(s0 + (gv + gw), f64)
         t_all = t_all + convert(t0 + fma(w, gw, v * gv), f64)
         i += 32
@@ -218,21 +275,22 @@ def run_backward_sums(a, at, g, bit, n, k, scale, shift, stored, acc, form):
         v, w = load_pair(x, i)
         rv, rw = residual_pair(r, i, v, form)
         gv, gw = gradient_pair(dy, i, step)
-        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i, p, form)
-        gw, w = unpacked(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, form)
+        wv, ww = weight_pair(weights, i, x, v, form)
+        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i, p, wv, form)
+        gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, ww, form)
         s_all = s_all + convert(gv + gw, f64)
         t_all = t_all + convert(fma(w, gw, v * gv), f64)
         i += 16
     if i + 8 <= n:
         v = load(x, i, 8)
-        rv, gv = residual_at(r, i, v, form, 8), gradient_at(dy, i, step, 8)
-        gv, v = unpacked(gv, v, rv, k, scale, shift, bits, bit + i, p, form)
+        rv, gv, wv = residual_at(r, i, v, form, 8), gradient_at(dy, i, step, 8), weight_at(weights, i, v, form, 8)
+        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i, p, wv, form)
         s_all, t_all = s_all + convert(gv, f64), t_all + convert(v * gv, f64)
         i += 8
     while i < n:
         u = load(x, i, 1)
-        ru, gu = residual_at(r, i, u, form, 1), gradient_at(dy, i, step, 1)
-        gu, u = unpacked(gu, u, ru, k, scale, shift, bits, bit + i, p, form)
+        ru, gu, wu = residual_at(r, i, u, form, 1), gradient_at(dy, i, step, 1), weight_at(weights, i, u, form, 1)
+        gu, u = weighed(gu, u, ru, k, scale, shift, bits, bit + i, p, wu, form)
         s, t = s + f64(gu), t + f64(gu) * f64(u)
         i += 1
     return s + total(s_all), t + total(t_all)
@@ -252,9 +310,9 @@ def group_backward_sums(a, first, width, start, length, k, s, t, stored, acc, fo
             c = first + j
             run = n * channels + c
             g = n * a[DY_BATCH] + c * a[DY_CHANNEL] + start * a[DY_SPACE]
-            at, bit = run * space + start, run * a[BITS_ROW] + start
+            at, place, bit = run * space + start, n * space + start, run * a[BITS_ROW] + start
             mean, scale, shift = k[j], k[GROUP + j], k[4 * GROUP + j]
-            ds, dt = run_backward_sums(a, at, g, bit, length, mean, scale, shift, stored, acc, form)
+            ds, dt = run_backward_sums(a, at, place, g, bit, length, mean, scale, shift, stored, acc, form)
             s[j] += ds
             t[j] += dt
     for j in range(width):  # what rounding the mean lost
@@ -262,37 +320,39 @@ def group_backward_sums(a, first, width, start, length, k, s, t, stored, acc, fo
 
 
 @loop
-def run_backward_apply(a, at, g, bit, n, k, ca, cb, cc, shift, stored, acc, form):
-    """dx = A·dz + B·(x − mean) + C, and dz itself for the residual; dy begins at g."""
+def run_backward_apply(a, at, place, g, bit, n, k, ca, cb, cc, shift, stored, acc, form):
+    """dx = A·dz + weight·(B·(x − mean) + C), and dz itself for the residual; dy begins at g, weights at `place`."""
     x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
     r = offset(pointer(a[RESIDUAL], stored), at)
     dx, dz = offset(pointer(a[OUT], stored), at), offset(pointer(a[GRAD_RESIDUAL], stored), at)
-    gives = a[GRAD_RESIDUAL] != 0
+    gives, weights = a[GRAD_RESIDUAL] != 0, offset(pointer(a[WEIGHTS], acc), place)
     step, bits, p, streaming = a[DY_SPACE], pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0
     i = 0
     while i + 16 <= n:
         v, w = load_pair(x, i)
         rv, rw = residual_pair(r, i, v, form)
         gv, gw = gradient_pair(dy, i, step)
-        gv, v = unpacked(gv, v, rv, k, ca, shift, bits, bit + i, p, form)
-        gw, w = unpacked(gw, w, rw, k, ca, shift, bits, bit + i + 8, p, form)
-        put_pair(dx, i, input_gradient(gv, v, ca, cb, cc, form), input_gradient(gw, w, ca, cb, cc, form), streaming)
+        wv, ww = weight_pair(weights, i, x, v, form)
+        gv, v = weighed(gv, v, rv, k, ca, shift, bits, bit + i, p, wv, form)
+        gw, w = weighed(gw, w, rw, k, ca, shift, bits, bit + i + 8, p, ww, form)
+        v, w = input_gradient(gv, v, wv, ca, cb, cc, form), input_gradient(gw, w, ww, ca, cb, cc, form)
+        put_pair(dx, i, v, w, streaming)
         if gives:
             put_pair(dz, i, gv, gw, streaming)
         i += 16
     if i + 8 <= n:
         v = load(x, i, 8)
-        rv, gv = residual_at(r, i, v, form, 8), gradient_at(dy, i, step, 8)
-        gv, v = unpacked(gv, v, rv, k, ca, shift, bits, bit + i, p, form)
-        put(dx, i, input_gradient(gv, v, ca, cb, cc, form), streaming)
+        rv, gv, wv = residual_at(r, i, v, form, 8), gradient_at(dy, i, step, 8), weight_at(weights, i, v, form, 8)
+        gv, v = weighed(gv, v, rv, k, ca, shift, bits, bit + i, p, wv, form)
+        put(dx, i, input_gradient(gv, v, wv, ca, cb, cc, form), streaming)
         if gives:
             put(dz, i, gv, streaming)
         i += 8
     while i < n:
         u = load(x, i, 1)
-        ru, gu = residual_at(r, i, u, form, 1), gradient_at(dy, i, step, 1)
-        gu, u = unpacked(gu, u, ru, k, ca, shift, bits, bit + i, p, form)
-        store(dx, i, input_gradient(gu, u, ca, cb, cc, form))
+        ru, gu, wu = residual_at(r, i, u, form, 1), gradient_at(dy, i, step, 1), weight_at(weights, i, u, form, 1)
+        gu, u = weighed(gu, u, ru, k, ca, shift, bits, bit + i, p, wu, form)
+        store(dx, i, input_gradient(gu, u, wu, ca, cb, cc, form))
         if gives:
             store(dz, i, gu)
         i += 1
@@ -300,13 +360,6 @@ def run_backward_apply(a, at, g, bit, n, k, ca, cb, cc, shift, stored, acc, form
 
 @body
 def planes_forward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
-        both_passes(a, thread, threads, stored, param, acc, form)
-    finish(a, 1, thread, threads, stored, param, acc)
-
-
-@loop
-def both_passes(a, thread, threads, stored, param, acc, form):
     """Both passes over this thread's groups of BLOCK channels; the second backwards, from the warm end of the cache."""
     x, batch, channels, space = pointer(a[X], stored), a[BATCH], a[CHANNELS], a[SPACE]
     s, q, origin = alloca(GROUP, f64), alloca(GROUP, f64), alloca(GROUP, f64)
@@ -315,18 +368,20 @@ def both_passes(a, thread, threads, stored, param, acc, form):
     for group in range(first, last):
         c = group * a[BLOCK]
         width = min(a[BLOCK], channels - c)
-        if width == 1:
+        if form.WEIGHTED:
+            weighted_group_sums(a, x, c, width, 0, space, origin, shifts, s, q, acc, form)
+        elif width == 1:
             origin[0], s[0], q[0] = channel_sums(a, x, c, 0, space, acc)
         else:
             group_sums(a, x, c, width, origin, shifts, s, q, acc)
         for j in range(width):
-            write_moments(a, c + j, origin[j], s[j], q[j])
+            write_moments(a, c + j, origin[j], s[j], q[j], param)
             k[j], k[GROUP + j], k[2 * GROUP + j] = forward_coefficients(a, c + j, param, acc)
         for n in range(batch - 1, -1, -1):
             for j in range(width):
                 run = n * channels + c + j
                 mean, scale, shift = k[j], k[GROUP + j], k[2 * GROUP + j]
-                run_apply(a, run * space, run * a[BITS_ROW], space, mean, scale, shift, stored, acc, form)
+                run_apply(a, run * space, n * space, run * a[BITS_ROW], space, mean, scale, shift, stored, acc, form)
     if a[STREAM] != 0:
         fence()
 
@@ -352,7 +407,7 @@ def planes_backward(a, thread, threads, stored, param, acc, form):
                     run = n * channels + c + j
                     at, bit, g = run * space, run * a[BITS_ROW], n * a[DY_BATCH] + (c + j) * a[DY_CHANNEL]
                     ca, cb, cc, shift = k[GROUP + j], k[2 * GROUP + j], k[3 * GROUP + j], k[4 * GROUP + j]
-                    run_backward_apply(a, at, g, bit, space, k[j], ca, cb, cc, shift, stored, acc, form)
+                    run_backward_apply(a, at, n * space, g, bit, space, k[j], ca, cb, cc, shift, stored, acc, form)
     if a[STREAM] != 0:
         fence()
 
@@ -365,15 +420,19 @@ def piece(a, index):
 
 
 @loop
-def planes_reduce(a, thread, threads, stored, acc):
+def planes_reduce(a, thread, threads, stored, acc, form):
     """Partial sums of few, long channels: one part is a block of neighbours in every sample."""
     x, partials, channels = pointer(a[X], stored), pointer(a[PARTIALS], f64), a[CHANNELS]
+    origin, s, q, shift = alloca(1, f64), alloca(1, f64), alloca(1, f64), alloca(1, acc)
     first, last = share(a[PARTS] * channels, thread, threads)
     for unit in range(first, last):
         p, c = unit // channels, unit % channels
         start, length = piece(a, p)
-        _, s, q = channel_sums(a, x, c, start, length, acc)
-        partials[2 * p * channels + c], partials[(2 * p + 1) * channels + c] = s, q
+        if form.WEIGHTED:
+            weighted_group_sums(a, x, c, 1, start, length, origin, shift, s, q, acc, form)
+        else:
+            origin[0], s[0], q[0] = channel_sums(a, x, c, start, length, acc)
+        partials[2 * p * channels + c], partials[(2 * p + 1) * channels + c] = s[0], q[0]
 
 
 @loop
@@ -398,7 +457,8 @@ def planes_apply(a, thread, threads, stored, acc, form):
         run, c = unit // parts, unit // parts % channels
         start, length = piece(a, unit % parts)
         mean, scale, shift = k[c], k[channels + c], k[2 * channels + c]
-        run_apply(a, run * space + start, run * a[BITS_ROW] + start, length, mean, scale, shift, stored, acc, form)
+        at, place, bit = run * space + start, run // channels * space + start, run * a[BITS_ROW] + start
+        run_apply(a, at, place, bit, length, mean, scale, shift, stored, acc, form)
     if a[STREAM] != 0:
         fence()
 
@@ -410,10 +470,10 @@ def planes_backward_apply(a, thread, threads, stored, acc, form):
     for unit in range(first, last):
         run, c = unit // parts, unit // parts % channels
         start, length = piece(a, unit % parts)
-        at, bit = run * space + start, run * a[BITS_ROW] + start
+        at, place, bit = run * space + start, run // channels * space + start, run * a[BITS_ROW] + start
         g = run // channels * a[DY_BATCH] + c * a[DY_CHANNEL] + start * a[DY_SPACE]
         ca, cb, cc, shift = k[channels + c], k[2 * channels + c], k[3 * channels + c], k[4 * channels + c]
-        run_backward_apply(a, at, g, bit, length, k[c], ca, cb, cc, shift, stored, acc, form)
+        run_backward_apply(a, at, place, g, bit, length, k[c], ca, cb, cc, shift, stored, acc, form)
     if a[STREAM] != 0:
         fence()
 
@@ -424,14 +484,13 @@ def planes_backward_apply(a, thread, threads, stored, acc, form):
 @body
 def planes_split_forward(a, thread, threads, stored, param, acc, form):
     if due(a, 0):
-        planes_reduce(a, thread, threads, stored, acc)
+        planes_reduce(a, thread, threads, stored, acc, form)
     meet(a)
     if due(a, 1):
-        combine(a, thread, threads, stored, param, acc)
+        combine(a, thread, threads, stored, param, acc, form)
     meet(a)
     if due(a, 2):
         planes_apply(a, thread, threads, stored, acc, form)
-    finish(a, 3, thread, threads, stored, param, acc)
 
 
 @body

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 from numba import types
 
-from batchnorm.kernels.simd import call_int, call_void, reinterpret
+from batchnorm.kernels.simd import call_int, call_void, pointer, reinterpret
 
 f32, f64 = types.float32, types.float64
 i64, u8 = types.int64, types.uint8
@@ -16,8 +16,11 @@ i64, u8 = types.int64, types.uint8
     GRAD_WEIGHT, GRAD_BIAS, RESIDUAL, GRAD_RESIDUAL, BITS, BITS_ROW,
     BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM,
     EPS, FACTOR, SHARE, PARAMETER,
+    SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, FIRSTS, FIRST, COUNT, R_MAX, D_MAX,
     THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGE,
-) = range(37)  # fmt: skip
+) = range(49)  # fmt: skip
+ALL_SLOTS = 49
+LAST = 99  # the stage that moves the running statistics, once all moments are there
 
 COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
 FIVE_COLUMNS = 5 * COLUMNS
@@ -63,3 +66,41 @@ def meet(a):
 def real(a, slot):
     """A slot that holds a float64."""
     return reinterpret(a, f64)[slot]
+
+
+@loop
+def select(whole, a, index):
+    """Fill `a` with the slots of one of the sets of samples that moments are taken over: a batch of its own.
+
+    Samples are the outermost dimension of whatever the loops read, so a set is a stretch of memory.
+    """
+    for slot in range(ALL_SLOTS):
+        a[slot] = whole[slot]
+    start, own = index * whole[SET_SIZE], 8 if whole[ITEM] == 8 else 4  # bytes of a statistic
+    if whole[SETS] > 1:
+        channels, space = whole[CHANNELS], whole[SPACE]
+        a[BATCH] = min(whole[SET_SIZE], whole[BATCH] - start)
+        if whole[PARTS] != 0 and whole[X_CHANNEL] == 1:  # the last set may have fewer rows
+            a[PARTS] = (a[BATCH] * space + whole[BLOCK] - 1) // whole[BLOCK]
+        for slot in (X, OUT, RESIDUAL, GRAD_RESIDUAL):
+            move(a, slot, start * channels * space * whole[ITEM])
+        move(a, DY, start * whole[DY_BATCH] * whole[ITEM])
+        move(a, BITS, start * whole[BITS_SAMPLE])
+        move(a, WEIGHTS, start * space * own)
+        move(a, MOMENTS, index * whole[MOMENT_ROWS] * channels * 8)
+        move(a, GRAD_WEIGHT, index * channels * own)
+        move(a, GRAD_BIAS, index * channels * own)
+    count = f64(a[BATCH] * a[SPACE])
+    if whole[WEIGHTS] != 0:
+        count = pointer(whole[COUNTS], f64)[index]
+        a[FIRST] = pointer(whole[FIRSTS], i64)[index]
+    reals = reinterpret(a, f64)
+    reals[COUNT] = count
+    if reals[SHARE] != 0.0:
+        reals[SHARE] = 1.0 / count if count > 0.0 else 0.0
+
+
+@loop
+def move(a, slot, distance):
+    if a[slot] != 0:
+        a[slot] += distance

@@ -1,0 +1,207 @@
+"""Training with moments that are not simply the batch's: masks, and every policy of ``statistics``.
+
+The loops take moments over sets of samples and over weighted positions themselves. Where another kernel serves, the
+same is done by plain PyTorch (``kernels.reference``), which can also be compiled, exported and differentiated twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm.activations import applied
+from batchnorm.arguments import Call
+from batchnorm.kernels import cpu, operators, reference
+from batchnorm.kernels.choice import record, which
+from batchnorm.moments import Moments, merge
+from batchnorm.statistics import Accumulated, Ghost, Renorm, part
+
+__all__ = ["evaluate_masked", "train"]
+
+
+def train(call: Call, recomputing: bool) -> Tensor:
+    """Normalize in training; moves the buffers unless this is a recomputation."""
+    ghost = part(call.statistics, Ghost)
+    size = call.x.shape[0] if ghost is None else min(ghost.size, max(call.x.shape[0], 1))
+    weights = None if call.mask is None else positions(call.mask, call.x)
+    compiling = torch.compiler.is_compiling()
+    kernel = "reference" if compiling or call.x.numel() == 0 else _kernel(call)
+    if kernel == "cpu":
+        y, moments = _by_loops(call, size, weights, recomputing)
+    else:
+        if not compiling:
+            record.forward = "reference"
+        y, moments = _by_operations(call, size, weights)
+        if not recomputing and part(call.statistics, Accumulated) is None:
+            _move(call, moments)
+    if not recomputing:
+        _remember(call, moments)
+    return y
+
+
+def evaluate_masked(call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
+    """Normalize by running statistics; 0 at positions that do not count, whatever is there."""
+    assert call.mask is not None
+    weights = positions(call.mask, call.x)
+    y = evaluate(call._replace(x=reference.counted(call.x, weights), mask=None))
+    return reference.counted(y, weights)
+
+
+def positions(mask: Tensor, x: Tensor) -> Tensor:
+    """The weights of positions, ``(N, space)``, as the moments of x want them."""
+    shape = x.shape[:1] + x.shape[2:]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights: Tensor = mask.detach().to(dtype).expand(shape).reshape(x.shape[0], math.prod(x.shape[2:])).contiguous()
+    return weights
+
+
+def _kernel(call: Call) -> str:
+    others = call.weight, call.bias, call.running_mean, call.running_var, call.batches, call.residual, call.mask
+    return which(call.x, True, *others)
+
+
+# --- by the loops ---
+
+
+def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) -> tuple[Tensor, Moments]:
+    x, plan = cpu.laid_out_sets(call.x, size, weights is not None)
+    sets = cpu.Sets(size, *_summed(weights, size), limits=_limits(call))
+    sets = sets._replace(moments=sets.memory(plan))
+    ready = [None if t is None else t.to(plan.statistics).contiguous() for t in call[1:5]]
+    mean, var, weight, bias = ready
+    waits = part(call.statistics, Accumulated) is not None
+    running = None
+    if sets.limits is not None or not (recomputing or waits):
+        still = recomputing or waits  # renormalization looks at running statistics that do not move
+        factor = 0.0 if still else -1.0 if call.momentum is None else call.momentum
+        running = cpu.Running(mean, var, None if still else call.batches, factor)
+    residual = call.residual
+    if residual is not None and residual.stride() != x.stride():
+        residual = torch.empty_like(x).copy_(residual)
+    extras = operators.Extras(call.activation, residual, call.inplace)
+    y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, extras, sets=sets)
+    if running is not None:
+        for buffer, t in zip(call[1:3], (mean, var), strict=True):
+            if buffer is not None and t is not None and t is not buffer:
+                buffer.copy_(t)
+    assert sets.moments is not None
+    return y, _moments(sets.moments, sets, x)
+
+
+def _summed(weights: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The weights, their sum in each set, and the first position in each that is not 0 (−1 if all are)."""
+    if weights is None:
+        return None, None, None
+    n = weights.shape[0]
+    sets = -(-n // size)
+    apart = torch.nn.functional.pad(weights, (0, 0, 0, sets * size - n)) if n % size else weights
+    apart = apart.view(sets, -1)
+    counts = apart.sum(1, dtype=torch.float64)
+    firsts = (apart > 0).to(torch.uint8).argmax(1)
+    return weights, counts, torch.where(counts > 0, firsts, -1)
+
+
+def _limits(call: Call) -> tuple[float, float] | None:
+    renorm = part(call.statistics, Renorm)
+    if renorm is None:
+        return None
+    return renorm.limits(0.0 if call.state is None else float(call.state))
+
+
+def _moments(found: Tensor, sets: cpu.Sets, x: Tensor) -> Moments:
+    """What the loops found, ``(sets, 2 or 4, C)``."""
+    if sets.counts is not None:
+        counts = sets.counts
+    else:
+        n, space = x.shape[0], math.prod(x.shape[2:])
+        counts = torch.full((found.shape[0],), float(sets.size * space), dtype=torch.float64)
+        counts[-1] = float((n - (found.shape[0] - 1) * sets.size) * space)
+    count = counts[:, None].expand(-1, x.shape[1])
+    return Moments(count, found[:, 0], found[:, 1] * count)
+
+
+# --- by plain PyTorch ---
+
+
+def _by_operations(call: Call, size: int, weights: Tensor | None) -> tuple[Tensor, Moments]:
+    x, running_mean, running_var = call[:3]
+    renorm = part(call.statistics, Renorm)
+
+    def correction(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor] | None:
+        if renorm is None:
+            return None
+        assert running_mean is not None
+        assert running_var is not None
+        batches = mean.new_zeros(()) if call.state is None else call.state.to(mean.dtype)
+        r_max, d_max = renorm.limits(batches)
+        sigma = (running_var.to(var.dtype) + call.eps).sqrt()
+        r, d = (var + call.eps).sqrt() / sigma, (mean - running_mean.to(mean.dtype)) / sigma
+        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+
+    y, moments = reference.sets_forward(x, call.weight, call.bias, call.eps, size, weights, correction)
+    y = applied(call.activation, y if call.residual is None else y + call.residual)
+    if weights is not None:
+        y = reference.counted(y, weights)
+    return y, Moments(moments.count.detach(), moments.mean.detach(), moments.m2.detach())
+
+
+# --- what is remembered ---
+
+
+def _move(call: Call, moments: Moments) -> None:
+    """Move the running statistics by each set in order, and count it, without looking at a value."""
+    with torch.no_grad():
+        for count, mean, var in zip(moments.count, moments.mean, moments.biased_variance, strict=True):
+            _move_once(call, count, mean, var)
+
+
+def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tensor | bool = True) -> None:
+    running_mean, running_var, batches = call.running_mean, call.running_var, call.batches
+    stored = [mean.dtype if t is None else t.dtype for t in (running_mean, running_var)]
+    unbiased = var * torch.where(count > 1, count / (count - 1), 1.0)
+    good = (count > 1).all() & mean.to(stored[0]).isfinite().all() & unbiased.to(stored[1]).isfinite().all() & when
+    if batches is not None:
+        batches.add_(good)
+    if running_mean is None or running_var is None:
+        return
+    if call.momentum is not None:
+        factor = torch.full_like(mean[0], call.momentum)
+    else:
+        assert batches is not None
+        factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
+    new_mean = (1 - factor) * running_mean + factor * mean
+    if part(call.statistics, Renorm) is not None:
+        sigma = (1 - factor) * (running_var.to(var.dtype) + call.eps).sqrt() + factor * (var + call.eps).sqrt()
+        new_var = (sigma.square() - call.eps).clamp(min=0)
+    else:
+        new_var = (1 - factor) * running_var + factor * unbiased
+    running_mean.copy_(torch.where(good, new_mean.to(stored[0]), running_mean))
+    running_var.copy_(torch.where(good, new_var.to(stored[1]), running_var))
+
+
+def _remember(call: Call, moments: Moments) -> None:
+    """What a policy keeps from batch to batch."""
+    state, accumulated = call.state, part(call.statistics, Accumulated)
+    if state is None:
+        return
+    with torch.no_grad():
+        if accumulated is None:
+            state.add_(1)
+            return
+        C = moments.mean.shape[-1]
+        now = moments.merged(0)
+        finite = now.mean.isfinite().all() & now.m2.isfinite().all()
+        before = Moments(state[1].expand(C), state[2 : 2 + C], state[2 + C :])
+        both = merge(before, now)
+        count, mean, m2 = (
+            torch.where(finite, new, old)
+            for new, old in ((both.count, before.count), (both.mean, before.mean), (both.m2, before.m2))
+        )
+        steps = state[0] + 1
+        full = steps >= accumulated.steps
+        _move_once(call, count, mean, m2 / count.clamp(min=1), full)
+        kept = torch.cat((steps.reshape(1), count[:1], mean, m2))
+        state.copy_(torch.where(full, 0.0, kept))
