@@ -14,10 +14,12 @@ from torch import Tensor
 
 from batchnorm.activations import applied
 from batchnorm.arguments import Call
+from batchnorm.distributed import Group
 from batchnorm.kernels import cpu, operators, reference
-from batchnorm.kernels.choice import record, which
+from batchnorm.kernels.choice import asked_for, record, which
+from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
-from batchnorm.statistics import Accumulated, Ghost, Renorm, part
+from batchnorm.statistics import Accumulated, Ghost, Renorm, Sync, part
 
 __all__ = ["evaluate_masked", "train"]
 
@@ -27,16 +29,22 @@ def train(call: Call, recomputing: bool) -> Tensor:
     ghost = part(call.statistics, Ghost)
     size = call.x.shape[0] if ghost is None else min(ghost.size, max(call.x.shape[0], 1))
     weights = None if call.mask is None else positions(call.mask, call.x)
+    sync = part(call.statistics, Sync)
     compiling = torch.compiler.is_compiling()
-    kernel = "reference" if compiling or call.x.numel() == 0 else _kernel(call)
-    if kernel == "cpu":
+    group = None if sync is None else _group(sync, call.x)
+    kernel = "reference" if compiling or (call.x.numel() == 0 and group is None) else _kernel(call, group is not None)
+    moved = False
+    if kernel == "cpu" and group is not None:
+        y, moments = _by_loops_together(call, weights, group)
+    elif kernel == "cpu":
         y, moments = _by_loops(call, size, weights, recomputing)
+        moved = True
     else:
         if not compiling:
             record.forward = "reference"
-        y, moments = _by_operations(call, size, weights)
-        if not recomputing and part(call.statistics, Accumulated) is None:
-            _move(call, moments)
+        y, moments = _by_operations(call, size, weights, group)
+    if not moved and not recomputing and part(call.statistics, Accumulated) is None:
+        _move(call, moments)
     if not recomputing:
         _remember(call, moments)
     return y
@@ -58,9 +66,22 @@ def positions(mask: Tensor, x: Tensor) -> Tensor:
     return weights
 
 
-def _kernel(call: Call) -> str:
+def _kernel(call: Call, together: bool) -> str:
     others = call.weight, call.bias, call.running_mean, call.running_var, call.batches, call.residual, call.mask
-    return which(call.x, True, *others)
+    x = call.x
+    if together and x.numel() == 0:  # the loops have nothing to do, but the others wait
+        x = x.new_empty((2, x.shape[1]))
+    kernel = which(x, True, *others)
+    if asked_for.get() == "aten":
+        raise RuntimeError(
+            "kernel 'aten' was asked for, and torch's batch_norm knows neither masks nor policies; ask for another or "
+            "let batchnorm choose"
+        )
+    return kernel
+
+
+def _group(sync: Sync, x: Tensor) -> Group:
+    return Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
 
 
 # --- by the loops ---
@@ -89,6 +110,41 @@ def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) 
                 buffer.copy_(t)
     assert sets.moments is not None
     return y, _moments(sets.moments, sets, x)
+
+
+def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tuple[Tensor, Moments]:
+    """With the moments of all processes, of which this one's tensor may be empty."""
+    N, C = call.x.shape[:2]
+    if call.x.numel() > 0:
+        x, plan = cpu.laid_out(call.x, given=True)
+        sets = cpu.Sets(N, *_summed(weights, N))
+        values = float(N * math.prod(x.shape[2:])) if sets.counts is None else float(sets.counts)
+    else:
+        x, values, sets = call.x, 0.0, cpu.Sets(1)
+        _, plan = cpu.laid_out(x.new_zeros((1, C)), given=True)
+    sets = sets._replace(moments=torch.zeros(1, 2, C, dtype=torch.float64), limits=_limits(call))
+    everybodys = []
+
+    def merge_moments(own: Tensor) -> tuple[Tensor, float]:
+        count = torch.full((C,), values, dtype=torch.float64)
+        moments = group.merged(Moments(count, own[0], own[1] * values), plan.statistics)
+        everybodys.append(moments)
+        found = [
+            moments.mean,
+            moments.biased_variance,
+            *(_correction(call, moments.mean, moments.biased_variance) or ()),
+        ]
+        return torch.stack(found), float(moments.count[0])
+
+    weight, bias = (None if t is None else t.to(plan.statistics).contiguous() for t in call[3:5])
+    residual = call.residual
+    if residual is not None and residual.stride() != x.stride():
+        residual = torch.empty_like(x).copy_(residual)
+    merging = Merging(merge_moments, lambda sums: group.summed(sums, plan.statistics))
+    extras = operators.Extras(call.activation, residual)
+    y = merged_cpu(x, plan, weight, bias, call.eps, extras, sets, merging)
+    (moments,) = everybodys
+    return y, Moments(moments.count[None], moments.mean[None], moments.m2[None])
 
 
 def _summed(weights: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -126,22 +182,35 @@ def _moments(found: Tensor, sets: cpu.Sets, x: Tensor) -> Moments:
 # --- by plain PyTorch ---
 
 
-def _by_operations(call: Call, size: int, weights: Tensor | None) -> tuple[Tensor, Moments]:
-    x, running_mean, running_var = call[:3]
-    renorm = part(call.statistics, Renorm)
+def _correction(call: Call, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(r, d) of renormalization for the moments of a batch."""
+    renorm, running_mean, running_var = part(call.statistics, Renorm), call.running_mean, call.running_var
+    if renorm is None:
+        return None
+    assert running_mean is not None
+    assert running_var is not None
+    batches = mean.new_zeros(()) if call.state is None else call.state.to(mean.dtype)
+    r_max, d_max = renorm.limits(batches)
+    sigma = (running_var.to(var.dtype) + call.eps).sqrt()
+    r, d = (var + call.eps).sqrt() / sigma, (mean - running_mean.to(mean.dtype)) / sigma
+    return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+
+
+def _by_operations(call: Call, size: int, weights: Tensor | None, group: Group | None) -> tuple[Tensor, Moments]:
+    x = call.x
 
     def correction(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor] | None:
-        if renorm is None:
-            return None
-        assert running_mean is not None
-        assert running_var is not None
-        batches = mean.new_zeros(()) if call.state is None else call.state.to(mean.dtype)
-        r_max, d_max = renorm.limits(batches)
-        sigma = (running_var.to(var.dtype) + call.eps).sqrt()
-        r, d = (var + call.eps).sqrt() / sigma, (mean - running_mean.to(mean.dtype)) / sigma
-        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        return _correction(call, mean, var)
 
-    y, moments = reference.sets_forward(x, call.weight, call.bias, call.eps, size, weights, correction)
+    def merged(own: Moments) -> Moments:
+        assert group is not None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        every = group.merged(Moments(own.count[0], own.mean[0], own.m2[0]), dtype)
+        return Moments(every.count[None], every.mean[None], every.m2[None])
+
+    y, moments = reference.sets_forward(
+        x, call.weight, call.bias, call.eps, size, weights, correction, None if group is None else merged
+    )
     y = applied(call.activation, y if call.residual is None else y + call.residual)
     if weights is not None:
         y = reference.counted(y, weights)

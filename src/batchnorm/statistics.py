@@ -10,13 +10,13 @@ running statistics normalize, whatever the policy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "part"]
+__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "named", "part"]
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -78,9 +78,11 @@ class Sync(Policy):
     Args:
         process_group: of ``torch.distributed``; None for the default one. A layer with another group can be copied
             but not pickled.
+        name: the layer's, for errors; ``batchnorm.convert`` gives each layer its own.
     """
 
     process_group: Any = None
+    name: str | None = field(default=None, repr=False, compare=False)
 
     def __deepcopy__(self, memo: Any) -> Sync:
         return self
@@ -190,6 +192,14 @@ class Accumulated(Policy):
     def state(self, channels: int, device: torch.device | None = None) -> Tensor:
         """Make (micro-batches, values a channel, C means, C summed squared deviations), all 0."""
         return torch.zeros(2 + 2 * channels, dtype=torch.float64, device=device)
+
+
+def named(policy: Policy, name: str) -> Policy:
+    """Give what talks to other processes a name to complain under."""
+    if isinstance(policy, Sync):
+        return replace(policy, name=name) if policy.name is None else policy
+    over = getattr(policy, "over", None)
+    return policy if over is None or part(over, Sync) is None else replace(policy, over=named(over, name))  # type: ignore[call-arg]
 
 
 Kind = TypeVar("Kind", bound=Policy)

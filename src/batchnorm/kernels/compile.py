@@ -14,7 +14,7 @@ import torch
 from batchnorm.kernels.form import Form
 from batchnorm.kernels.loops import activations, columns, planes
 from batchnorm.kernels.loops.channels import finish
-from batchnorm.kernels.loops.slots import ALL_SLOTS, LAST, PARTS, SETS, STAGE, meet, select, who
+from batchnorm.kernels.loops.slots import ALL_SLOTS, ONLY_LAST, PARTS, SETS, STAGES, meet, select, who
 from batchnorm.kernels.simd import alloca, pointer
 
 work: Any = None  # these five are set for each function that `compiled` makes
@@ -26,7 +26,7 @@ def _entry(slots: Any) -> None:
     whole = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
     a = alloca(ALL_SLOTS, numba.int64)
     thread, threads = who(whole)
-    if whole[STAGE] != LAST:
+    if whole[STAGES] != ONLY_LAST:
         for index in range(whole[SETS]):
             select(whole, a, index)
             work(a, thread, threads, stored, param, acc, form)

@@ -6,6 +6,7 @@ The division depends on the tensor's shape alone, so that results are the same f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -332,6 +333,79 @@ def forward(
     kernel(slots, plan.threads(), 1 if plan.fused else 3, launch.ONE_SET if sets is None else sets.packed(plan))
     del memory  # alive until here
     return y, moments
+
+
+_REDUCE, _APPLY = 0b11, 0b1100  # stages of the split loops: up to the sums, and from them on
+
+
+def moments_of(x: Tensor, plan: Plan, sets: Sets) -> None:
+    """The first half of a forward: fill ``sets.moments``, of one set; ``plan`` is a ``given_plan``."""
+    assert sets.moments is not None
+    memory, partials, coefficients = _between_passes(plan, 3)
+    form = Form(weighted=sets.weights is not None)
+    slots = launch.pack(
+        x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, sets.moments.data_ptr(),
+        coefficients, partials, 0, 0, 0, 0, 0, *plan.sizes, 0, 0, 0, False, 1.0, 0.0, plan.share, 0.0,
+    )  # fmt: skip
+    packed = sets._replace(limits=None).packed(plan)
+    _kernel(plan.kind, False, "forward", plan.dtype, form)(slots, plan.threads(), 3, packed, _REDUCE)
+    del memory
+
+
+def backward_of_merged(
+    dy: Tensor,
+    x: Tensor,
+    plan: Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    fused: Fused,
+    residual_wanted: bool,
+    sets: Sets,
+    merge: Callable[[Tensor], tuple[Tensor, float]],
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A backward through moments of more than this tensor.
+
+    Args:
+        moments: (2 or 4, C), of all of it.
+        sets: of one set, the tensor; with limits where the moments have r and d.
+        merge: gives for this tensor's sums, (2, C) float64, those of all, and how much weight all values of a channel
+            have together. Called once.
+        plan: a ``given_plan``; the rest as for ``backward``.
+
+    Returns:
+        Gradients of x and the residual (if wanted), and this tensor's own sums (2, C): of dz, and of dz·(x − mean).
+    """
+    if dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
+        dy, strides = _readable(dy, x, plan)
+    else:
+        strides = plan.strides
+    dx = torch.empty_like(x)
+    dz = torch.empty_like(x) if residual_wanted else None
+    memory, partials, coefficients = _between_passes(plan, 5)
+    form, residual, bits, parameter = _form(fused, sets)
+    kernel = _kernel(plan.kind, False, "backward", plan.dtype, form)
+
+    def launch_stages(stages: int, share: float, counts: Tensor | None) -> None:
+        out = dx.data_ptr(), _address(dz)
+        slots = launch.pack(
+            x.data_ptr(), dy.data_ptr(), out[0], _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
+            coefficients, partials, 0, 0, residual, out[1], bits, *plan.sizes, *strides,
+            plan.streams and out[0] % 64 == 0 and out[1] % 64 == 0, eps, 0.0, share, parameter,
+        )  # fmt: skip
+        kernel(slots, plan.threads(), 4, sets._replace(counts=counts).packed(plan), stages)
+
+    launch_stages(_REDUCE, plan.share, sets.counts)
+    parts = memory[: 2 * plan.parts * plan.channels].view(plan.parts, 2, plan.channels)
+    own = parts.sum(0)
+    every, count = merge(own)
+    parts.zero_()
+    parts[0] = every
+    counts = None if sets.counts is None else torch.full_like(sets.counts, count)
+    launch_stages(_APPLY, 1.0 / count if count > 0 else 0.0, counts)
+    del memory
+    return dx, dz, own
 
 
 def evaluate(

@@ -29,9 +29,9 @@ from batchnorm.kernels.form import PLAIN, Form
 
 _SLOTS = struct.Struct("=27q4d")  # addresses and sizes, then four numbers: X to PARAMETER in loops/slots.py
 _SETS = struct.Struct("=9q3d")  # the sets that moments are taken over: SETS to D_MAX
-_TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGE
-_EVERY = -1  # stage: all of them
-_LAST = 99  # the one that follows the loop's own
+_TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGES
+_EVERY = -1  # stages, a bit for each: all of them
+_LAST = 8  # the one that follows the loop's own
 
 _forked = False
 
@@ -56,7 +56,11 @@ class _OpenMP:
         self.parallel.restype = None
         ask = (library.omp_get_thread_num, library.omp_get_num_threads)
         known = (*ask, library.GOMP_barrier)
-        self.team = _TEAM.pack(-1, 0, *(ctypes.cast(function, ctypes.c_void_p).value for function in known), _EVERY)
+        self.addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in known]
+        self.team = self.team_for(_EVERY)
+
+    def team_for(self, stages: int) -> bytes:
+        return _TEAM.pack(-1, 0, *self.addresses, stages)
 
 
 @cache
@@ -68,7 +72,11 @@ def openmp() -> _OpenMP | None:
         return None
 
 
-_SERIAL = _TEAM.pack(0, 1, 0, 0, 0, _EVERY)
+def _serial(stages: int) -> bytes:
+    return _TEAM.pack(0, 1, 0, 0, 0, stages)
+
+
+_SERIAL = _serial(_EVERY)
 
 
 @cache
@@ -112,7 +120,7 @@ class Kernel:
         self._call: Callable[[bytes], None]
         self._address: int
 
-    def __call__(self, slots: bytes, threads: int, stages: int, sets: bytes = ONE_SET) -> None:
+    def __call__(self, slots: bytes, threads: int, stages: int, sets: bytes = ONE_SET, only: int = _EVERY) -> None:
         """Run the loop.
 
         Args:
@@ -120,22 +128,25 @@ class Kernel:
             threads: at most so many.
             stages: how many the loop has. Each begins when all threads have ended the one before.
             sets: packed ``SetSlots``.
+            only: the stages to do, a bit for each.
         """
         slots += sets
         if self._function is None:
             self._compile()
         if threads <= 1 or _forked:
-            self._call(slots + _SERIAL)
+            self._call(slots + (_SERIAL if only == _EVERY else _serial(only)))
             return
         omp = openmp()
         if omp is not None:
-            omp.parallel(self._address, slots + omp.team, threads, 0)
+            omp.parallel(self._address, slots + (omp.team if only == _EVERY else omp.team_for(only)), threads, 0)
             return
         if sets is not ONE_SET:  # their stages alternate, and these threads cannot meet
-            self._call(slots + _SERIAL)
+            self._call(slots + _serial(only))
             return
         for stage in (*range(stages), _LAST):
-            shares = [slots + _TEAM.pack(i, threads, 0, 0, 0, stage) for i in range(threads)]
+            if not only >> stage & 1:
+                continue
+            shares = [slots + _TEAM.pack(i, threads, 0, 0, 0, 1 << stage) for i in range(threads)]
             others = [_python_threads().submit(self._call, share) for share in shares[1:]]
             self._call(shares[0])
             for other in others:

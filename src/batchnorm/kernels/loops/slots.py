@@ -17,10 +17,11 @@ i64, u8 = types.int64, types.uint8
     BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM,
     EPS, FACTOR, SHARE, PARAMETER,
     SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, FIRSTS, FIRST, COUNT, R_MAX, D_MAX,
-    THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGE,
+    THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGES,
 ) = range(49)  # fmt: skip
 ALL_SLOTS = 49
-LAST = 99  # the stage that moves the running statistics, once all moments are there
+LAST = 8  # the stage that moves the running statistics, once all moments are there
+ONLY_LAST = 1 << LAST
 
 COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
 FIVE_COLUMNS = 5 * COLUMNS
@@ -51,8 +52,8 @@ def who(a):
 
 @loop
 def due(a, stage):
-    """Whether this call is to do that stage: all of them in turn, or one where threads cannot meet in between."""
-    return a[STAGE] < 0 or a[STAGE] == stage
+    """Whether this call is to do that stage: STAGES has a bit for each."""
+    return (a[STAGES] >> stage) & 1 != 0
 
 
 @loop
@@ -96,7 +97,7 @@ def select(whole, a, index):
         a[FIRST] = pointer(whole[FIRSTS], i64)[index]
     reals = reinterpret(a, f64)
     reals[COUNT] = count
-    if reals[SHARE] != 0.0:
+    if reals[SHARE] != 0.0 and (whole[SETS] > 1 or whole[WEIGHTS] != 0):
         reals[SHARE] = 1.0 / count if count > 0.0 else 0.0
 
 
