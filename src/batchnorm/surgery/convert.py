@@ -108,7 +108,8 @@ def _nothing_like(module: Any) -> str | None:
     if type(module) in TORCHS:
         return None if module.activation is None else _has_activation(module)
     if isinstance(module, tuple(TORCHS)):
-        return FROZEN if is_frozen(module) else f"{type(module).__name__} is a subclass, which may compute something else"
+        kind = type(module).__name__
+        return FROZEN if is_frozen(module) else f"{kind} is a subclass, which may compute something else"
     return None
 
 

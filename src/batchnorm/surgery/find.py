@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 from batchnorm import layers
 
 __all__ = [
-    "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "names_of", "obstacle", "shadow",
+    "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "names_of", "obstacle",
+    "shadow",
 ]  # fmt: skip
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
@@ -29,7 +30,7 @@ def is_batch_norm(module: nn.Module) -> bool:
     return named or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def is_frozen(module: nn.Module) -> bool:
+def is_frozen(module: Any) -> bool:
     """Whether ``batchnorm.freeze`` holds a layer at its running statistics."""
     return "_frozen" in vars(module)
 

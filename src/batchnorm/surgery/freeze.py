@@ -33,8 +33,8 @@ class Frozen:
     """Which layers of a model are frozen.
 
     Attributes:
-        frozen: for every frozen layer, by its qualified name, its class and what of it still learns. A layer with several
-            names is listed under the first.
+        frozen: for every frozen layer, by its qualified name, its class and what of it still learns. A layer with
+            several names is listed under the first.
         skipped: the name of every batch normalization layer that was left as it was, and why.
     """
 
@@ -82,8 +82,8 @@ class _Held(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(2)
-        return _rebuilt, (self._frozen.kind,), *rest
+        made: Any = super().__reduce_ex__(2)
+        return _rebuilt, (self._frozen.kind,), *made[2:]
 
 
 class _Lean(_Held):
@@ -123,7 +123,9 @@ class _Lean(_Held):
 
 def _worth_it(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether a backward may come, and the only reason to keep x would be the formula that torch uses."""
-    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # which had better show batch normalization
+    recorded = (
+        torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    )  # which had better show batch normalization
     if recorded or not torch.is_grad_enabled() or (weight is not None and weight.requires_grad):
         return False
     return any(t is not None and t.requires_grad for t in (x, bias, residual))
@@ -138,9 +140,7 @@ def _fits(x: Tensor, mean: Tensor, weight: Tensor | None, residual: Tensor | Non
     return weight is None or weight.dtype == x.dtype or (x.dtype in _NARROW and weight.dtype == torch.float32)
 
 
-def _scaled(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
+def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Evaluation as one multiplication and addition a value, whose derivative needs no x."""
     wide = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
     scale = (var.to(wide) + eps).rsqrt()
@@ -152,7 +152,7 @@ def _scaled(
 
 
 @functools.cache
-def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _frozen_class(kind: Any) -> type[nn.Module]:
     how = _Lean if kind in _KNOWN else _Held
     return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
@@ -167,7 +167,7 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
 
     Nothing is counted and no statistics move. Where the weight does not learn, the layer keeps no input for the
     backward (it keeps what its activation's gradient needs). The objects stay the same: they become instances of a
-    subclass of their class, so that parameters, optimizers, checkpoints, hooks, attributes and sharing stay as they are.
+    subclass of their class, so that parameters, optimizers, checkpoints, hooks, attributes and sharing stay.
 
     These can be frozen: torch.nn's layers, ``SyncBatchNorm`` (which needs no other process then), ours, with what was
     fused into them, and their subclasses and other packages' layers with running statistics. Of the last two kinds,
