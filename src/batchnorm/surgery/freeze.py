@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
 _NARROW = (torch.float16, torch.bfloat16)
 # Those whose evaluation is known to be the formula and nothing else.
 _KNOWN = {*OURS, *TORCHS, nn.SyncBatchNorm}
+# The subclasses that frozen layers are instances of, by the class that they were.
+_made: dict[type[nn.Module], type[nn.Module]] = {}
 
 _Self = TypeVar("_Self", bound="_Held")
 
@@ -151,8 +152,13 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: T
     return torch.addcmul(shift.view(size).to(wide), x.to(wide), scale.view(size)).to(x.dtype)
 
 
-@functools.cache
-def _frozen_class(kind: Any) -> type[nn.Module]:
+def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _made:
+        _made[kind] = _make(kind)
+    return _made[kind]
+
+
+def _make(kind: type[nn.Module]) -> type[nn.Module]:
     how = _Lean if kind in _KNOWN else _Held
     return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 

@@ -227,7 +227,7 @@ def _handed_over(layer: Any, source: Source) -> str:
     if fresh:
         before.bias = nn.Parameter(bias, requires_grad=before.weight.requires_grad)
     if source.certain:
-        return f"removed; {source.name} computes what it did in evaluation" + (", and has a bias now" if fresh else "")
+        return f"removed; {source.name} does now what it did in evaluation" + (", and has a bias now" if fresh else "")
     gets = "has a bias now" if fresh else "has a bias already"
     return (
         f"removed, and with it its scale and statistics; {source.name}, registered before it, {gets} "
