@@ -92,6 +92,7 @@ def test_no_input_is_saved_where_the_weight_does_not_learn(make: Callable[..., n
     assert any(t.data_ptr() == x.data_ptr() for t in saved(layer.eval(), x))
     batchnorm.freeze(layer)
     assert all(t.numel() < x.numel() for t in saved(layer, x))
+    assert batchnorm.kernels.ran().forward == "aten"
     assert layer(x).dtype == dtype
     batchnorm.freeze(layer.requires_grad_(True), affine=False)
     assert any(t.data_ptr() == x.data_ptr() for t in saved(layer, x))

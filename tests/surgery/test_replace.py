@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import BasicBlock, DenseNet, ResNet, Undecided, randomized
 from test_real_models import mobilenet, resnet
 from torch import Tensor, nn
@@ -105,12 +107,25 @@ def test_how_many_groups(channels: int, groups: int) -> None:
     assert f"{channels // groups} channels" in result.replaced[""]
 
 
-@pytest.mark.parametrize("channels", [4, 32, 64, 96, 100, 128, 6, 7])
+@given(channels=st.integers(4, 4096))
 def test_no_value_is_normalized_alone_or_in_a_pair(channels: int) -> None:
-    layer = nn.BatchNorm1d(channels)
+    layer = nn.BatchNorm1d(channels, device="meta")
     batchnorm.replace(layer, "group")
-    assert channels // layer.num_groups >= 4
-    assert layer(torch.randn(5, channels)).abs().min() > 0
+    groups = layer.num_groups
+    assert channels % groups == 0
+    assert channels // groups >= 4
+    nearer = range(32 - abs(groups - 32) + 1, 32 + abs(groups - 32))
+    assert not any(channels % g == 0 and channels // g >= 4 for g in nearer)
+
+
+@pytest.mark.parametrize("by", ["group", "instance", "rms", None])
+def test_compilers_and_tracers_read_what_was_put_in(by: str | None) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), layer_of(batchnorm, 2, 8, activation="relu"))
+    batchnorm.replace(model, by)
+    right = model(image())
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(image()), right)
+    torch.testing.assert_close(torch.export.export(model, (image(),)).module()(image()), right)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(image()), right)
 
 
 def test_what_would_leave_nothing_is_left() -> None:

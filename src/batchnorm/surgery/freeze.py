@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 
-from batchnorm.activations import applied
+from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
-from batchnorm.kernels import which
+from batchnorm.kernels.choice import record, which
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
@@ -101,11 +101,10 @@ class _Lean(_Held):
         layer._check_input_dim(input)
         mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
         activation, inplace = getattr(layer, "activation", None), getattr(layer, "inplace", False)
-        if _worth_it(input, weight, bias, residual) and not inplace and _fits(input, mean, weight, residual):
-            fused = activation is not None or residual is not None
-            if torch.compiler.is_compiling() or which(input, False, weight, bias, mean, var, fused=fused) != "cpu":
-                y = _scaled(input, mean, var, weight, bias, layer.eps)
-                return applied(activation, y if residual is None else y + residual)
+        lean = _worth_it(input, weight, bias, residual) and not inplace and _fits(input, mean, weight, residual)
+        if lean and not _left_to_the_loops(input, activation, weight, bias, mean, var, residual):
+            y = _scaled(input, mean, var, weight, bias, layer.eps)
+            return applied(activation, y if residual is None else y + residual)
         return batch_norm(
             input, mean, var, weight, bias, False, 0.0, layer.eps,
             activation=activation, residual=residual, inplace=inplace,
@@ -130,6 +129,14 @@ def _worth_it(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: T
     if recorded or not torch.is_grad_enabled() or (weight is not None and weight.requires_grad):
         return False
     return any(t is not None and t.requires_grad for t in (x, bias, residual))
+
+
+def _left_to_the_loops(x: Tensor, activation: Activation | None, *others: Tensor | None) -> bool:
+    """Whether the loops are faster; they keep no x either."""
+    if torch.compiler.is_compiling():
+        return False
+    record.forward = which(x, False, *others, fused=activation is not None or others[-1] is not None)
+    return record.forward == "cpu"
 
 
 def _fits(x: Tensor, mean: Tensor, weight: Tensor | None, residual: Tensor | None) -> bool:

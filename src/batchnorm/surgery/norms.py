@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from batchnorm.activations import Activation, applied
 
@@ -23,6 +24,11 @@ class _Following(_Base):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``(N, C, *space)``, add the residual, apply the activation."""
+        if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
+            tracer: Any = input.tracer
+            given = (input,) if residual is None else (input, residual)
+            leaf: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
+            return leaf
         y: Tensor = super().forward(input)
         return applied(self.activation, y if residual is None else y + residual)
 
