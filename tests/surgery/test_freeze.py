@@ -287,6 +287,7 @@ def test_layers_of_others_stay_in_evaluation() -> None:
         "0": "Doubled, kept in evaluation mode",
         "1": "ForeignBatchNorm, kept in evaluation mode",
     }
+    assert not model.eval()[0].drop.training
     assert model.train()[0].drop.training
     torch.testing.assert_close(model(image()), right(image()))
     assert_equal(state(model), before)
