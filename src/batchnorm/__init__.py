@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from batchnorm.study.compare import compare as compare
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
+    from batchnorm.surgery.freeze import freeze as freeze
+    from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
+    from batchnorm.surgery.freeze import unfreeze as unfreeze
     from batchnorm.surgery.fuse import fuse as fuse
+    from batchnorm.surgery.replace import replace as replace
 
 __version__ = "0.1.0"
 
@@ -46,8 +50,12 @@ _HOME = {
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
     "convert": "batchnorm.surgery.convert",
+    "freeze": "batchnorm.surgery.freeze",
+    "frozen_statistics": "batchnorm.surgery.freeze",
     "fuse": "batchnorm.surgery.fuse",
+    "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
+    "unfreeze": "batchnorm.surgery.freeze",
 }
 _MODULES = ("functional", "kernels", "layers", "moments", "statistics")
 

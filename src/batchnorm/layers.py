@@ -79,11 +79,16 @@ class _Ours(_Base):
             batches, training = None, mean is None and var is None
         elif not self.track_running_stats:
             mean = var = batches = None
-        policy = self._statistics
+        policy, state = self._statistics, None
+        if policy is not None and policy.STATE is not None:
+            state = buffers[policy.STATE]
+            if training and mean is None:  # whatever moves must move elsewhere
+                statistics = buffers["running_mean"], buffers["running_var"], state
+                mean, var, state = (None if t is None else t.clone() for t in statistics)
         return batch_norm(
             input, mean, var, weight, bias, training, self.momentum, self.eps, num_batches_tracked=batches,
             activation=self.activation, residual=residual, inplace=self.inplace, mask=mask, statistics=policy,
-            state=None if policy is None or policy.STATE is None else buffers[policy.STATE],
+            state=state,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from batchnorm.statistics import Policy, named
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, obstacle
+from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
 from batchnorm.surgery.rewrite import Absorbed
 from batchnorm.surgery.undo import undo
 
@@ -114,7 +114,8 @@ def _nothing_like(module: Any) -> str | None:
     if type(module) in TORCHS:
         return None if module.activation is None else _has_activation(module)
     if isinstance(module, tuple(TORCHS)):
-        return f"{type(module).__name__} is a subclass, which may compute something else"
+        kind = type(module).__name__
+        return FROZEN if is_frozen(module) else f"{kind} is a subclass, which may compute something else"
     return None
 
 

@@ -10,11 +10,16 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
 
-__all__ = ["OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "names_of", "obstacle", "shadow"]
+__all__ = [
+    "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "names_of", "obstacle",
+    "shadow",
+]  # fmt: skip
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
 OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+
+FROZEN = "it is frozen: call batchnorm.unfreeze(model) before"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -23,6 +28,11 @@ def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is, or says that it is, batch normalization of any make."""
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
     return named or isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def is_frozen(module: Any) -> bool:
+    """Whether ``batchnorm.freeze`` holds a layer at its running statistics."""
+    return "_frozen" in vars(module)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -35,6 +45,8 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def obstacle(layer: Any) -> str | None:
     """Why a batch normalization layer cannot become ours; None if it can, or is."""
+    if is_frozen(layer):
+        return FROZEN
     kind = type(layer)
     if kind not in OURS and kind not in TORCHS:
         if kind is nn.SyncBatchNorm:

@@ -14,7 +14,7 @@ from batchnorm.kernels import using
 from batchnorm.surgery.example import forward, seeded
 from batchnorm.surgery.find import hooks_of, names_of, shadow
 
-__all__ = ["Witness", "observed"]
+__all__ = ["Witness", "observed", "witnessed"]
 
 # Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
@@ -98,19 +98,36 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
         For each layer, the module of the activation that is all that ever reads it and reads nothing else, and what
         it computes.
     """
+    names = names_of(model)
+    verdicts: dict[nn.Module, Found | str] = {}
+    for layer, verdict in witnessed(model, inputs, layers, [m for m in names if _known(m)]).items():
+        verdicts[layer] = verdict if isinstance(verdict, str) else _usable(verdict, names)
+    return verdicts
+
+
+def witnessed(
+    model: nn.Module, inputs: Any, layers: Iterable[nn.Module], readers: Iterable[nn.Module]
+) -> dict[nn.Module, nn.Module | str]:
+    """Run a copy of the model in training and in evaluation, and find which reader each layer feeds, or a reason.
+
+    Args:
+        model: it is left as it was.
+        inputs: as for ``forward``.
+        layers: to be observed.
+        readers: modules that may be all that reads a layer's output.
+
+    Returns:
+        For each layer, the reader that is all that ever reads it and reads nothing else.
+    """
     twin, original = shadow(model)
     twins = {module: part for part, module in original.items()}
-    names = names_of(model)
-    witness = Witness([twins[layer] for layer in layers], [twins[m] for m in names if _known(m)])
+    witness = Witness([twins[layer] for layer in layers], [twins[reader] for reader in readers])
     witness.attach()
     for training in (True, False):
         with seeded(twin), using("aten"), witness:
             forward(twin.train(training), inputs)
-    verdicts: dict[nn.Module, Found | str] = {}
-    for layer in witness.readers:
-        verdict = witness.verdict(layer)
-        verdicts[original[layer]] = verdict if isinstance(verdict, str) else _usable(original[verdict], names)
-    return verdicts
+    verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
+    return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
 
 
 def _usable(module: nn.Module, names: dict[nn.Module, list[str]]) -> Found | str:

@@ -52,7 +52,10 @@ def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
     """
     graphs = []
     for training in (True, False):
-        twin, parts = shadow(module)
+        try:
+            twin, parts = shadow(module)
+        except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
+            raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
         for part in twin.modules():
             part.training = training
         before = {part: dict(vars(part)) for part in parts}

@@ -45,17 +45,20 @@ class Tracing:
 
     def run(self) -> None:
         """Fuse all that can be."""
+        for module, _ in self.graphs():
+            self._visit(module)
+        for layer in self._names:
+            if type(layer) in TORCHS and layer not in self.fused:
+                self._explain(layer)
+
+    def graphs(self) -> list[tuple[nn.Module, fx.Graph]]:
+        """Trace all modules with batch normalization inside whose forward runs, from the innermost outwards."""
         inwards = [module for module in self._names if module in self._with_layers]
         outwards = inwards[::-1]
         for module in outwards:
             self._look_into(module)
         called = self._called(inwards)
-        for module in outwards:
-            if module in called and module in self._graphs:
-                self._visit(module)
-        for layer in self._names:
-            if type(layer) in TORCHS and layer not in self.fused:
-                self._explain(layer)
+        return [(m, self._graphs[m][0]) for m in outwards if m in called and m in self._graphs]
 
     def name(self, module: nn.Module) -> str:
         """The module's first name in the model."""

@@ -50,4 +50,4 @@ def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 
 def _activation(layer: Any) -> Any:
-    return layer.activation if type(layer) in TORCHS else None
+    return getattr(layer, "activation", None) if isinstance(layer, tuple(TORCHS)) else None

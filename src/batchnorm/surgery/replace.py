@@ -1,0 +1,261 @@
+"""Put another normalization, none, or another policy of statistics where a model has batch normalization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.statistics import Policy, named
+from batchnorm.surgery import norms
+from batchnorm.surgery.convert import take_over
+from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
+from batchnorm.surgery.rewrite import Absorbed, Rewritten
+from batchnorm.surgery.sources import TRANSPOSED, Source, sources
+
+__all__ = ["Replaced", "replace"]
+
+_WAYS = ("group", "layer", "instance", "rms")
+_USUAL_GROUPS = 32
+_FEWEST = 4  # values to normalize with each other: of two, nothing but their order would be left
+_OWN = (
+    "num_features", "eps", "momentum", "affine", "track_running_stats",
+    "process_group", "inplace",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What was done to a model.
+
+    Attributes:
+        model: the model that was given, changed in place.
+        replaced: the qualified name of every layer that was replaced, and what it has become. A layer with several
+            names is listed under the first.
+        skipped: the name of every batch normalization layer that was left as it was, and why.
+        new_parameters: the names of the parameters that the model did not have: an optimizer must be told of them.
+    """
+
+    model: nn.Module
+    replaced: dict[str, str]
+    skipped: dict[str, str]
+    new_parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} replaced, {len(self.skipped)} left"]
+        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced.items()]
+        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
+        if self.new_parameters:
+            lines.append(f"new parameters, for the optimizer: {', '.join(self.new_parameters)}")
+        return "\n".join(lines)
+
+
+def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = None) -> Replaced:
+    """Make every batch normalization layer of a model something else, in place.
+
+    The objects stay the same and change their class, as with ``batchnorm.convert``: weight and bias stay the same
+    parameters, so that optimizers keep working; eps, dtype, device, mode, hooks and sharing stay. Running statistics
+    go. A layer of ours keeps adding its residual and applying its activation.
+
+    * "group": ``GroupNorm``, in 32 groups where that divides the channels; otherwise in the number of groups nearest to
+      it that leaves at least 4 channels a group (Wu & He 2018, arXiv 1803.08494).
+    * "layer": ``GroupNorm(1, C)``, which is layer normalization over channels and space, for input of any dimensions.
+    * "instance": ``InstanceNorm``; of ``(N, C)`` it would be 0, so there it raises when it is called.
+    * "rms": the root mean square over the channels at each position. It has no bias, which goes.
+    * None: nothing. The convolution or linear layer before gets a bias, and takes scale, shift and running statistics
+      over, so that the model computes what it computed in evaluation. Where a forward cannot be traced, only
+      ``example_inputs`` can show that it is right to do so; otherwise the layer registered before, if it has no
+      bias, gets one that starts as batch normalization's.
+    * A policy, such as ``batchnorm.Ghost(16)``: our layer with these ``statistics``.
+
+    Args:
+        model: any module; it may be a batch normalization layer itself, which then becomes the other one.
+        by: which one.
+        example_inputs: for None: the argument of the model, a tuple of its arguments, or a dict of its keyword
+            arguments; more than one sample.
+
+    Returns:
+        What was replaced and by what, and what was left, with the reason: layers that have seen no input, frozen and
+        fused ones (``unfreeze`` and ``revert`` first), subclasses and other packages'.
+
+    Raises:
+        ValueError: for a name that is none of these.
+        TypeError: for anything else, a class among them.
+
+    Example:
+        >>> print(batchnorm.replace(torchvision.models.resnet50(), "group"))
+    """
+    if isinstance(by, str) and by not in _WAYS:
+        raise ValueError(f"unknown normalization {by!r}: choose from {', '.join(_WAYS)}, None, or give a policy")
+    if by is not None and not isinstance(by, (str, Policy)):
+        raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
+    layers, skipped = {}, {}
+    fused = _fused(model)
+    for name, layer in model.named_modules():
+        if is_batch_norm(layer):
+            reason = _obstacle(layer, by, layer in fused)
+            if reason is None:
+                layers[name] = layer
+            else:
+                skipped[name] = reason
+    if by is None:
+        replaced, new = _removed(model, layers, example_inputs)
+        return Replaced(model, replaced, skipped, new)
+    return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
+
+
+def _fused(model: nn.Module) -> set[nn.Module]:
+    """The layers that ``fuse`` has given more to do."""
+    found = {module.layer[0] for module in model.modules() if isinstance(module, Absorbed)}
+    for module in model.modules():
+        if isinstance(module, Rewritten):
+            found |= {module.get_submodule(name) for name in module._layers}
+    return found
+
+
+def _obstacle(layer: Any, by: str | Policy | None, fused: bool) -> str | None:
+    if isinstance(by, Policy) and type(layer) in TORCHS:
+        return None
+    if isinstance(by, Policy) or is_frozen(layer) or type(layer) not in {*OURS, *TORCHS, nn.SyncBatchNorm}:
+        return obstacle(layer)
+    if "forward" in vars(layer):
+        return "its forward has been replaced"
+    if fused:
+        return "it is fused: call batchnorm.revert(model) before"
+    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+        return "it has seen no input, and does not know its channels: run the model once"
+    few = layer.num_features < _FEWEST
+    if few and (by == "rms" or (by in ("group", "layer") and _flat(layer))):
+        return (
+            f"normalizing {layer.num_features} {'value' if layer.num_features == 1 else 'values'} of a sample would "
+            "leave little of them"
+        )
+    if by == "instance" and isinstance(layer, nn.SyncBatchNorm):
+        return "SyncBatchNorm takes input of any dimensions, and InstanceNorm of one: replace it by 'group'"
+    return None
+
+
+def _flat(layer: nn.Module) -> bool:
+    """Whether its input may be (N, C), where a sample has one value a channel."""
+    return isinstance(layer, (nn.BatchNorm1d, nn.SyncBatchNorm))
+
+
+def _changed(name: str, layer: Any, by: str | Policy) -> str:
+    """Make one layer something else, and say what."""
+    if isinstance(by, Policy):
+        if type(layer) in OURS:
+            take_over(layer)
+        layer.statistics = named(by, name)
+        return f"{type(layer).__name__} with {by!r}"
+    ours, channels = type(layer) in TORCHS, layer.num_features
+    common: dict[str, Any] = {"eps": layer.eps, "device": "meta"}
+    affine = layer.weight is not None
+    if by == "rms":
+        lost = "" if layer.bias is None else "; its bias is gone"
+        _become(layer, norms.RMSNorm(channels, elementwise_affine=affine, **common))
+        return f"RMSNorm({channels}), over the channels at each position{lost}"
+    if by == "instance":
+        dimensions = next(d for d in (1, 2, 3) if isinstance(layer, getattr(nn, f"BatchNorm{d}d")))
+        kind: Any = getattr(norms if ours or dimensions == 1 else nn, f"InstanceNorm{dimensions}d")
+        _become(layer, kind(channels, affine=affine, **common))
+        return f"InstanceNorm{dimensions}d({channels})"
+    groups, why = (1, "layer normalization over channels and space") if by == "layer" else _groups(layer)
+    _become(layer, (norms if ours else nn).GroupNorm(groups, channels, affine=affine, **common))
+    return f"GroupNorm({groups}, {channels}): {why}"
+
+
+def _groups(layer: Any) -> tuple[int, str]:
+    """In how many groups to normalize, and why."""
+    channels = layer.num_features
+    size = channels // _USUAL_GROUPS
+    if channels % _USUAL_GROUPS == 0 and size >= (_FEWEST if _flat(layer) else 2):
+        return _USUAL_GROUPS, f"the usual number of groups, {size} channels each"
+    possible = [g for g in range(1, channels + 1) if channels % g == 0 and channels // g >= _FEWEST] or [1]
+    groups = min(possible, key=lambda g: (abs(g - _USUAL_GROUPS), g))
+    return groups, f"{channels // groups} channels a group, the nearest to 32 groups that {channels} channels allow"
+
+
+def _become(layer: Any, made: nn.Module) -> None:
+    """Turn a layer into another one that was made for it, with its own tensors, hooks, mode and attributes."""
+    if type(layer) in TORCHS:
+        layer.statistics = None  # and with it what the layer remembers for it
+        vars(layer).pop("_statistics", None)
+    for name in _OWN:
+        vars(layer).pop(name, None)
+    if not hasattr(made, "activation"):
+        vars(layer).pop("activation", None)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        layer._buffers.pop(name, None)
+    layer._buffers.update(made._buffers)  # which hold None
+    for name in ("weight", "bias"):
+        if name not in made._parameters:
+            layer._parameters.pop(name, None)
+    vars(layer).update({k: v for k, v in vars(made).items() if not k.startswith("_") and k != "training"})
+    layer.__class__ = type(made)
+
+
+# --- none ---
+
+
+def _removed(model: nn.Module, layers: dict[str, Any], inputs: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Remove layers; what has been done about each, and the names of new biases."""
+    found = sources(model, layers.values(), inputs)
+    done, new = {}, []
+    for name, layer in layers.items():
+        source = found[layer]
+        if isinstance(source, str):
+            done[name] = f"removed, and with it its scale, shift and statistics: {source}"
+        else:
+            before: Any = source.module
+            if before.bias is None:
+                new.append(f"{source.name}.bias")
+            done[name] = _handed_over(layer, source)
+        _become(layer, norms.Identity() if type(layer) in TORCHS else nn.Identity())
+    return done, tuple(new)
+
+
+def _handed_over(layer: Any, source: Source) -> str:
+    """Let the module before do what a layer did in evaluation."""
+    before: Any = source.module
+    fresh = before.bias is None
+    bias = before.weight.new_zeros(layer.num_features) if fresh else before.bias
+    with torch.no_grad():
+        if source.certain:
+            scale, shift = _line(layer)
+            before.weight.copy_(before.weight.cpu() * _over_outputs(scale, before))
+            bias.copy_(bias.cpu() * scale + shift)
+        elif fresh and layer.bias is not None:
+            bias.copy_(layer.bias)
+    if fresh:
+        before.bias = nn.Parameter(bias, requires_grad=before.weight.requires_grad)
+    if source.certain:
+        return f"removed; {source.name} does now what it did in evaluation" + (", and has a bias now" if fresh else "")
+    gets = "has a bias now" if fresh else "has a bias already"
+    return (
+        f"removed, and with it its scale and statistics; {source.name}, registered before it, {gets} "
+        "(example_inputs would show whether it can take them over)"
+    )
+
+
+def _line(layer: Any) -> tuple[Tensor, Tensor]:
+    """Evaluation as scale · x + shift, in float64 on the CPU; without running statistics, what is left of it."""
+    mean, var = layer.running_mean, layer.running_var
+    zero = torch.zeros(layer.num_features, dtype=torch.float64)
+    scale = zero + 1 if var is None else (var.cpu().double() + layer.eps).rsqrt()
+    if layer.weight is not None:
+        scale = scale * layer.weight.cpu().double()
+    shift = zero if layer.bias is None else layer.bias.cpu().double()
+    if mean is not None:
+        shift = shift - mean.cpu().double() * scale
+    return scale, shift
+
+
+def _over_outputs(scale: Tensor, module: Any) -> Tensor:
+    """The scales in a shape that multiplies a weight: along its outputs."""
+    if not isinstance(module, TRANSPOSED):
+        return scale.view(-1, *(1,) * (module.weight.dim() - 1))
+    grouped = scale.view(module.groups, 1, -1).expand(-1, module.in_channels // module.groups, -1)
+    return grouped.reshape(module.in_channels, -1, *(1,) * (module.weight.dim() - 2))
