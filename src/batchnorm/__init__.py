@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm import kernels as kernels
+    from batchnorm.conditional import ConditionalBatchNorm as ConditionalBatchNorm
+    from batchnorm.domains import DomainBatchNorm as DomainBatchNorm
+    from batchnorm.domains import domain as domain
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
     from batchnorm.layers import BatchNorm2d as BatchNorm2d
     from batchnorm.layers import BatchNorm3d as BatchNorm3d
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from batchnorm.study.compare import compare as compare
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
+    from batchnorm.surgery.domains import add_domain as add_domain
+    from batchnorm.surgery.domains import split_domains as split_domains
     from batchnorm.surgery.fuse import fuse as fuse
 
 __version__ = "0.1.0"
@@ -30,15 +35,20 @@ _HOME = {
     "BatchNorm1d": "batchnorm.layers",
     "BatchNorm2d": "batchnorm.layers",
     "BatchNorm3d": "batchnorm.layers",
+    "ConditionalBatchNorm": "batchnorm.conditional",
+    "DomainBatchNorm": "batchnorm.domains",
     "LazyBatchNorm1d": "batchnorm.layers",
     "LazyBatchNorm2d": "batchnorm.layers",
     "LazyBatchNorm3d": "batchnorm.layers",
     "Moments": "batchnorm.moments",
+    "add_domain": "batchnorm.surgery.domains",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
     "convert": "batchnorm.surgery.convert",
+    "domain": "batchnorm.domains",
     "fuse": "batchnorm.surgery.fuse",
     "revert": "batchnorm.surgery.convert",
+    "split_domains": "batchnorm.surgery.domains",
 }
 _MODULES = ("functional", "kernels", "layers", "moments")
 

@@ -109,7 +109,7 @@ class ConditionalBatchNorm(nn.Module):
         """
         if isinstance(input, Proxy):
             given = {"condition": condition, "residual": residual, "weight": weight, "bias": bias}
-            return recorded(self, input, **given)  # type: ignore[no-any-return]
+            return recorded(self, input, **given)
         self.norm._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise RuntimeError(
@@ -133,7 +133,8 @@ class ConditionalBatchNorm(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         given = weight is not None or bias is not None
         if given == (condition is not None):
-            raise ValueError(f"give {self._wanted()}, or weight= and bias=, but not {'both' if given else 'neither'}")
+            what = "two things say what weight and bias are" if given else "nothing says what weight and bias are"
+            raise ValueError(f"{what}: give {self._wanted()}, or weight= and bias=")
         if condition is None:
             sizes = ((len(input), self.num_features), (self.num_features,))
             for name, t in (("weight", weight), ("bias", bias)):

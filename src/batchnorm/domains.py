@@ -155,7 +155,7 @@ class DomainBatchNorm(nn.Module):
         """
         chosen = _current.domain if domain is None else domain
         if isinstance(input, Proxy):
-            return recorded(self, input, residual=residual, domain=chosen)  # type: ignore[no-any-return]
+            return recorded(self, input, residual=residual, domain=chosen)
         if chosen is None:
             raise RuntimeError(
                 f"which domain? Call layer(x, domain=…), or the model inside `with batchnorm.domain(…):` "
@@ -214,10 +214,12 @@ class DomainBatchNorm(nn.Module):
         start = prefix + _PREFIX
         stored = list(dict.fromkeys(k[len(start) :].split(".")[0] for k in state_dict if k.startswith(start)))
         where = f"{prefix.removesuffix('.') or 'DomainBatchNorm'}: "
-        if strict and not stored and f"{prefix}running_mean" in state_dict:
+        plain = any(prefix + name in state_dict for name in ("weight", "bias", "running_mean"))
+        if strict and not stored and plain:
             errors.append(where + "the checkpoint has no domains: load it first, then split_domains(model, …).")
         elif strict and set(stored) != set(self.domains):
-            errors.append(where + f"the checkpoint has the domains {stored}, but {self._known()}: add_domain first.")
+            remedy = "add_domain first" if set(stored) > set(self.domains) else "load it before other domains are made"
+            errors.append(where + f"the checkpoint has the domains {stored}, but here {self._known()}: {remedy}.")
         if self.shared_affine:
             for name in ("weight", "bias"):
                 values = [state_dict[k] for d in stored if (k := f"{start}{d}.{name}") in state_dict]
