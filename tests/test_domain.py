@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from expected import TORCH, values
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm import DomainBatchNorm, kernels
+from expected import TORCH, values
 
 F64 = torch.float64
 SHAPES = [(6, 3), (6, 3, 5), (6, 3, 4, 2), (6, 3, 2, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def torchs_operators() -> Iterator[None]:
+    """The layers choose among layers; that these reach the loops, which take seconds to compile, one test shows."""
+    with kernels.using("aten"):
+        yield
 
 
 def made(shared: bool = False, domains: Any = ("a", "b"), **options: Any) -> DomainBatchNorm:
@@ -85,6 +93,14 @@ def test_each_domain_is_a_layer_of_its_own(shared: bool, shape: tuple[int, ...])
         torch.testing.assert_close(layer(x, domain=name), right.eval()(x), rtol=1e-10, atol=1e-10)
     assert layer.of("a").num_batches_tracked == 1
     assert layer.of("b").num_batches_tracked == 2
+
+
+def test_the_loops_serve_it() -> None:
+    layer, x = DomainBatchNorm(3, ("a", "b")), values(SHAPES[1], 0).float()
+    with kernels.using("cpu"):
+        y = layer(x, domain="b")
+    assert kernels.ran().forward == "cpu"
+    torch.testing.assert_close(y, nn.BatchNorm1d(3)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_residual_and_activation() -> None:
@@ -353,10 +369,12 @@ def test_what_cannot_be_split_is_left_with_the_reason() -> None:
         pass
 
     model = nn.ModuleList([Own(3), nn.LazyBatchNorm1d(), nn.SyncBatchNorm(3), nn.BatchNorm1d(3)])
-    nn.utils.prune.random_unstructured(model[3], "weight", amount=1)
+    prune.random_unstructured(model[3], "weight", amount=1)
     skipped = batchnorm.split_domains(model, ("a",)).skipped
     assert [type(module) for module in model] == [Own, nn.LazyBatchNorm1d, nn.SyncBatchNorm, nn.BatchNorm1d]
-    for reason, part in zip(skipped.values(), ("subclass", "run the model once", "all processes", "pruned"), strict=True):
+    for reason, part in zip(
+        skipped.values(), ("subclass", "run the model once", "all processes", "pruned"), strict=True
+    ):
         assert part in reason
 
 
@@ -431,7 +449,7 @@ def train_a_rank(rank: int, folder: str) -> None:
         for step, name in enumerate("aba"):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * step + rank))
             optimizer.zero_grad()
-            with kernels.using("aten"), batchnorm.domain(name):
+            with kernels.using("aten"), batchnorm.domain(name):  # a process of its own, where no fixture is
                 parallel(x).square().mean().backward()
             optimizer.step()
         torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
@@ -455,6 +473,8 @@ def test_data_parallel_ranks_agree(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # here, since each rank above imports this module
+
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     return torch.tensor(data.data / 16, dtype=torch.float32)[order], torch.tensor(data.target)[order]
@@ -525,3 +545,21 @@ def test_statistics_alone_carry_a_network_to_a_new_domain(digits: Any, threads: 
     assert accuracy(model, digits, "target", dim) > 0.9
     kept = [key for key in state if "target.running" not in key and "target.num" not in key]
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in kept)
+
+
+# --- the page ---
+
+PAGE = Path(__file__).parents[1] / "docs" / "domains.md"
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+def test_examples_of_the_page(code: str) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), names)
+    assert names["loss"] > 0
+    assert names["y"].isfinite().all()
+    if "model" in names:
+        layer = names["model"][1]
+        assert layer.domains == ("source", "target", "clinic")
+        assert [layer.of(name).num_batches_tracked.item() for name in layer.domains] == [3, 3, 3]
+        assert (layer.of("target").running_var > layer.of("source").running_var).all()
