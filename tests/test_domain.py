@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -128,6 +130,18 @@ def test_a_batch_of_several_domains_is_each_by_itself(names: Any) -> None:
     assert_state(layer, apart)
 
 
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9))
+@settings(max_examples=30, deadline=None)
+def test_any_mixture_equals_its_parts(names: list[str]) -> None:
+    layer = made(domains="abc")
+    apart, x = copy.deepcopy(layer), values((9, 3, 2), 0)[: len(names)]
+    y = layer(x, domain=names)
+    for name in dict.fromkeys(names):
+        rows = [row for row, other in enumerate(names) if other == name]
+        torch.testing.assert_close(y[rows], apart(x[rows], domain=name), rtol=1e-12, atol=1e-12)
+    assert_state(layer, apart)
+
+
 @pytest.mark.parametrize("domain", ["b", ["a", "b", "b", "a", "a"]], ids=["one", "mixed"])
 def test_gradients(domain: Any) -> None:
     layer = made(True)
@@ -136,9 +150,9 @@ def test_gradients(domain: Any) -> None:
         state = {"domain_a.weight": weight, "domain_b.weight": weight}
         return torch.func.functional_call(layer, state, (x,), {"domain": domain})
 
-    given = values((5, 3), 0).clone().requires_grad_(), torch.rand(3, dtype=F64).requires_grad_()
-    assert torch.autograd.gradcheck(call, given)
-    assert torch.autograd.gradgradcheck(call, given)
+    leaves = values((5, 3), 0).clone().requires_grad_(), torch.rand(3, dtype=F64).requires_grad_()
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
 
 
 # --- which domain ---
@@ -351,6 +365,21 @@ def test_split_models_start_from_the_trained_values(shared: bool) -> None:
     assert again.converted == {}
     assert again.skipped == dict.fromkeys(("1", "3"), "it has domains already: add_domain")
     assert model[1].of("target").num_batches_tracked == 3
+
+
+def test_one_layer_at_a_time() -> None:
+    layer = nn.BatchNorm2d(3, momentum=0.5, dtype=F64)
+    layer(values((6, 3, 2, 2), 0))
+    right = copy.deepcopy(layer).eval()
+    split = DomainBatchNorm.from_layer(layer.eval(), "ab")
+    x = values((6, 3, 2, 2), 1)
+    torch.testing.assert_close(split(x, domain="b"), right(x), rtol=1e-12, atol=1e-12)
+    assert split.of("b").momentum == 0.5
+    assert not split.training
+    assert DomainBatchNorm.from_layer(nn.BatchNorm1d(3).half(), "a").of("a").running_var.dtype == torch.float32
+    for other in (nn.SyncBatchNorm(3), nn.GroupNorm(1, 3)):
+        with pytest.raises(TypeError, match=type(other).__name__):
+            DomainBatchNorm.from_layer(other, "a")
 
 
 def test_a_model_that_is_one_layer_and_a_shared_layer() -> None:

@@ -89,9 +89,14 @@ class DomainBatchNorm(nn.Module):
 
         The first domain takes the layer's own parameters and buffers, the others get copies. Hooks stay behind.
 
+        Raises:
+            TypeError: another kind of layer, such as ``SyncBatchNorm``, whose statistics are over all processes.
+
         Example:
-            >>> layer = DomainBatchNorm.from_layer(model.bn1, ("source", "target"))
+            >>> model.bn1 = DomainBatchNorm.from_layer(model.bn1, ("source", "target"))
         """
+        if not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAnyRank)):
+            raise TypeError(f"domains can start from BatchNorm1d, 2d or 3d, not from {type(layer).__name__}")
         first = BatchNormAnyRank.__new__(BatchNormAnyRank)
         nn.Module.__init__(first)
         first.__dict__.update({key: value for key, value in vars(layer).items() if "hook" not in key})
