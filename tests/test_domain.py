@@ -293,6 +293,7 @@ def test_copies_and_checkpoints(shared: bool, tmp_path: Path) -> None:
     fresh.load_state_dict(state)
     assigned.load_state_dict(state, assign=True)
     empty = copy.deepcopy(fresh).to_empty(device="cpu")
+    assert (empty.of("a").weight is empty.of("b").weight) == shared
     empty.load_state_dict(state)
     x = values((6, 3), 1)
     for other in (fresh, assigned, empty, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
