@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm import kernels as kernels
+    from batchnorm.conditional import ConditionalBatchNorm as ConditionalBatchNorm
+    from batchnorm.domains import DomainBatchNorm as DomainBatchNorm
+    from batchnorm.domains import domain as domain
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
     from batchnorm.layers import BatchNorm2d as BatchNorm2d
     from batchnorm.layers import BatchNorm3d as BatchNorm3d
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from batchnorm.study.compare import compare as compare
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
+    from batchnorm.surgery.domains import add_domain as add_domain
+    from batchnorm.surgery.domains import split_domains as split_domains
     from batchnorm.surgery.freeze import freeze as freeze
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
@@ -41,6 +46,8 @@ _HOME = {
     "BatchNorm1d": "batchnorm.layers",
     "BatchNorm2d": "batchnorm.layers",
     "BatchNorm3d": "batchnorm.layers",
+    "ConditionalBatchNorm": "batchnorm.conditional",
+    "DomainBatchNorm": "batchnorm.domains",
     "LazyBatchNorm1d": "batchnorm.layers",
     "LazyBatchNorm2d": "batchnorm.layers",
     "LazyBatchNorm3d": "batchnorm.layers",
@@ -52,10 +59,13 @@ _HOME = {
     "convert": "batchnorm.surgery.convert",
     "freeze": "batchnorm.surgery.freeze",
     "frozen_statistics": "batchnorm.surgery.freeze",
+    "add_domain": "batchnorm.surgery.domains",
+    "domain": "batchnorm.domains",
     "fuse": "batchnorm.surgery.fuse",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
     "unfreeze": "batchnorm.surgery.freeze",
+    "split_domains": "batchnorm.surgery.domains",
 }
 _MODULES = ("functional", "kernels", "layers", "moments", "statistics")
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import CASES
 
 import batchnorm
 from batchnorm import Ghost, Sync
-
-from ranks import CASES
 
 HERE = Path(__file__).parent
 
@@ -83,7 +82,7 @@ def test_other_channels_in_another_process(failed: dict[str, Any]) -> None:
 def test_no_process_group() -> None:
     layer = batchnorm.BatchNorm1d(3, statistics=Sync())
     before = {name: t.clone() for name, t in layer.state_dict().items()}
-    with pytest.raises(RuntimeError, match="process group has not been initialized.*torchrun"):
+    with pytest.raises(RuntimeError, match=r"process group has not been initialized.*torchrun"):
         layer(torch.randn(4, 3))
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
     layer.eval()(torch.randn(4, 3))
