@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm import kernels as kernels
+    from batchnorm import recurrent as recurrent
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
     from batchnorm.layers import BatchNorm2d as BatchNorm2d
     from batchnorm.layers import BatchNorm3d as BatchNorm3d
@@ -40,7 +41,7 @@ _HOME = {
     "fuse": "batchnorm.surgery.fuse",
     "revert": "batchnorm.surgery.convert",
 }
-_MODULES = ("functional", "kernels", "layers", "moments")
+_MODULES = ("functional", "kernels", "layers", "moments", "recurrent")
 
 __all__ = [*_HOME, *_MODULES]
 
