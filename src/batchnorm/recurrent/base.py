@@ -112,7 +112,8 @@ class Recurrent(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
             elif name.startswith("weight_hh"):
                 for gate in parameter.split(self.hidden_size):
-                    nn.init.orthogonal_(gate)
+                    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))  # QR has no half precision
+                    gate.copy_(nn.init.orthogonal_(wide))
             else:
                 nn.init.constant_(parameter, _GAMMA if name.startswith("gamma") else 0.0)
 

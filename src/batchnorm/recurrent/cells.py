@@ -49,9 +49,11 @@ class LSTM(Recurrent):
     ``running_var_`` of ``ih``, ``hh``: ``(max_steps, 4H)`` and ``c``: ``(max_steps, H)``; ``num_batches_tracked``:
     ``(max_steps,)``.
 
-    A hidden state of zeros has no variance at the first step, and a layer trained only so has none to normalize another
-    one with: train with states like those of evaluation. If inputs of many steps are equal in all sequences, the paper
-    begins with noise: give it as ``hx``.
+    Running statistics lag behind the weights, and over many steps the errors add up. The paper takes them over the
+    training data once training is done: ``reset_running_stats()``, ``momentum = None``, and a pass over it in
+    training mode. A hidden state of zeros has no variance at the first step, and a layer trained only so has none to
+    normalize another one with: train with states like those of evaluation. Where all sequences begin alike, as images
+    do that are read from a blank margin on, the paper's code can begin with noise: give it as ``hx``.
 
     Raises:
         ValueError: one sequence in training (an unbatched one, too), another dtype than the weights'.
