@@ -65,7 +65,7 @@ class LSTM(Recurrent):
         >>> output.shape, h.shape
         (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
 
-    Source: Cooijmans et al. 2017, arXiv 1603.09025, section 3.
+    Source: Cooijmans et al. 2017, arXiv 1603.09025.
     """
 
     _widths: ClassVar[dict[str, int]] = {"ih": 4, "hh": 4, "c": 1}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional import batch_norm
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, accumulate_dtype
 
 __all__ = ["Norm", "rows_of", "track"]
 
@@ -97,9 +97,9 @@ def _last_shared(mean: Tensor, var: Tensor, sizes: list[int], rows: int) -> tupl
     """Merge the moments of all steps from the last row's on, which share it."""
     if len(sizes) == rows:
         return mean, var
-    last = rows - 1
-    count = torch.tensor(sizes[last:], dtype=torch.float64, device=mean.device).unsqueeze(1).expand_as(mean[last:])
-    tail = Moments(count, mean[last:].double(), var[last:].double() * (count - 1)).merged()
+    last, wide = rows - 1, accumulate_dtype(mean)
+    count = torch.tensor(sizes[last:], dtype=wide, device=mean.device).unsqueeze(1).expand_as(mean[last:])
+    tail = Moments(count, mean[last:].to(wide), var[last:].to(wide) * (count - 1)).merged()
     return (
         torch.cat((mean[:last], tail.mean.to(mean.dtype).unsqueeze(0))),
         torch.cat((var[:last], tail.unbiased_variance.to(var.dtype).unsqueeze(0))),
