@@ -416,7 +416,7 @@ def test_copies(kind: Any) -> None:
 def test_compiles(kind: Any, training: bool) -> None:
     layer = made(kind, 3, 4, bidirectional=not training, max_steps=1).train(training)
     other = copy.deepcopy(layer)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager" if training else "eager")
     x = torch.randn(2, 6, 3, dtype=torch.float64)
     for _ in range(2):
         y, z = layer(x)[0], compiled(x)[0]
@@ -510,4 +510,4 @@ def test_example(code: str) -> None:
     names: dict[str, Any] = {}
     exec(compile(code, "recurrent.md", "exec"), names)
     assert names["loss"].isfinite()
-    assert names["output"].shape == (3, 7, 20)
+    assert names["output"].shape == (12, 3, 20)
