@@ -81,7 +81,12 @@ def main() -> None:
     """Print, for each task and network, what its best learning rate (on validation images) reaches on test images."""
     torch.set_num_threads(1)
     ours = batchnorm.recurrent.LSTM
-    networks = {"torch.nn.LSTM": (nn.LSTM, 0.0), "batchnorm": (ours, 0.0), "batchnorm, noise 0.1": (ours, 0.1)}
+    networks = {
+        "torch.nn.LSTM": (nn.LSTM, 0.0),
+        "torch.nn.LSTM, noise 0.1": (nn.LSTM, 0.1),
+        "batchnorm": (ours, 0.0),
+        "batchnorm, noise 0.1": (ours, 0.1),
+    }
     for task, shape in TASKS.items():
         print(f"\n{task}: {shape[0]} steps, {STEPS} batches of {BATCH}\n")
         print("| | rate | test accuracy (seeds) | with training's running statistics |\n|---|---|---|---|")
