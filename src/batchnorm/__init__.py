@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm import kernels as kernels
+    from batchnorm import recurrent as recurrent
     from batchnorm.conditional import ConditionalBatchNorm as ConditionalBatchNorm
     from batchnorm.domains import DomainBatchNorm as DomainBatchNorm
     from batchnorm.domains import domain as domain
@@ -68,6 +69,7 @@ _HOME = {
     "split_domains": "batchnorm.surgery.domains",
 }
 _MODULES = ("functional", "kernels", "layers", "moments", "statistics")
+_MODULES = ("functional", "kernels", "layers", "moments", "recurrent")
 
 __all__ = [*_HOME, *_MODULES]
 

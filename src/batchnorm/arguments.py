@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm.activations import INVERTIBLE, Activation
 from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, part
 
-__all__ = ["NARROW", "Call", "check"]
+__all__ = ["NARROW", "Call", "check", "check_mask", "check_residual"]
 
 NARROW = (torch.float16, torch.bfloat16)
 _NAMES = {  # what torch calls them in this message
@@ -93,16 +93,17 @@ def check(call: Call) -> None:
     if batches is not None and batches.device != x.device:
         raise _elsewhere("num_batches_tracked", batches, x)
     if call.residual is not None:
-        _check_residual(call.residual, x)
+        check_residual(call.residual, x)
     if call.inplace:
         _check_inplace(call)
     if call.mask is not None:
-        _check_mask(call.mask, x)
+        check_mask(call.mask, x)
     if training and call.statistics is not None:
         _check_policy(call, call.statistics)
 
 
-def _check_mask(mask: Tensor, x: Tensor) -> None:
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Raise unless the mask says of each position of x whether, or how much, it counts."""
     wanted = (*x.shape[:1], *x.shape[2:])
     try:
         fits = torch.broadcast_shapes(mask.shape, wanted) == wanted
@@ -148,7 +149,8 @@ def _check_policy(call: Call, policy: Policy) -> None:
         )
 
 
-def _check_residual(residual: Tensor, x: Tensor) -> None:
+def check_residual(residual: Tensor, x: Tensor) -> None:
+    """Raise unless the residual can be added to x."""
     if residual.shape != x.shape:
         raise RuntimeError(
             f"residual should have the input's size {tuple(x.shape)}, got {tuple(residual.shape)}: "

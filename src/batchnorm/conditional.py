@@ -10,7 +10,9 @@ from torch.fx import Proxy
 
 from batchnorm.activations import activation_of, applied
 from batchnorm.any_rank import BatchNormAnyRank, recorded
-from batchnorm.functional import _check_residual
+from batchnorm.arguments import check_residual
+from batchnorm.estimation import positions
+from batchnorm.kernels.reference import counted
 
 __all__ = ["ConditionalBatchNorm"]
 
@@ -93,6 +95,7 @@ class ConditionalBatchNorm(nn.Module):
         condition: Tensor | None = None,
         residual: Tensor | None = None,
         *,
+        mask: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
@@ -102,13 +105,14 @@ class ConditionalBatchNorm(nn.Module):
             input: ``(N, C, *space)``.
             condition: ``(N,)`` of whole numbers below ``classes``, or ``(N, D)``.
             residual: of the input's shape and dtype.
+            mask: the positions that count, ``(N, *space)``; see ``batchnorm.BatchNorm1d``.
             weight, bias: instead of a condition, ``(N, C)`` or ``(C,)``; one of them may be left out.
 
         Returns:
             The input's shape and dtype.
         """
         if isinstance(input, Proxy):
-            given = {"condition": condition, "residual": residual, "weight": weight, "bias": bias}
+            given = {"condition": condition, "residual": residual, "mask": mask, "weight": weight, "bias": bias}
             return recorded(self, input, **given)
         self.norm._check_input_dim(input)
         if input.shape[1] != self.num_features:
@@ -117,10 +121,11 @@ class ConditionalBatchNorm(nn.Module):
                 "dimension 1 counts the channels"
             )
         if residual is not None:
-            _check_residual(residual, input)
+            check_residual(residual, input)
         weight, bias = self._affine(input, condition, weight, bias)
-        y = _scaled(self.norm(input), weight, bias).to(input.dtype)
-        return applied(self.activation, y if residual is None else y + residual)
+        y = _scaled(self.norm(input, mask=mask), weight, bias).to(input.dtype)
+        y = applied(self.activation, y if residual is None else y + residual)
+        return y if mask is None else counted(y, positions(mask, input))
 
     def extra_repr(self) -> str:
         """Say what the condition is."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from batchnorm.any_rank import BatchNormAnyRank, recorded
+from batchnorm.arguments import check_mask
 
 __all__ = ["DomainBatchNorm", "domain"]
 
@@ -146,6 +147,7 @@ class DomainBatchNorm(nn.Module):
         self,
         input: Tensor,
         residual: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         domain: str | int | Sequence[str | int] | Tensor | None = None,
     ) -> Tensor:
@@ -154,23 +156,26 @@ class DomainBatchNorm(nn.Module):
         Args:
             input: ``(N, C, *space)``.
             residual: added before the activation; of the input's shape.
+            mask: the positions that count, ``(N, *space)``; see ``batchnorm.BatchNorm1d``.
             domain: a name; or N of them, as a list or as a tensor of whole numbers, for samples of different domains:
                 those of each domain are normalized by themselves. None for the one that ``with batchnorm.domain(…)``
                 names.
         """
         chosen = _current.domain if domain is None else domain
         if isinstance(input, Proxy):
-            return recorded(self, input, residual=residual, domain=chosen)
+            return recorded(self, input, residual=residual, mask=mask, domain=chosen)
         if chosen is None:
             raise RuntimeError(
                 f"which domain? Call layer(x, domain=…), or the model inside `with batchnorm.domain(…):` "
                 f"(activation checkpointing: the backward, too); {self._known()}"
             )
         if isinstance(chosen, (str, int)):
-            return _called(self.of(chosen), input, residual)
-        return self._mixed(input, residual, chosen)
+            return _called(self.of(chosen), input, residual, mask)
+        return self._mixed(input, residual, mask, chosen)
 
-    def _mixed(self, input: Tensor, residual: Tensor | None, chosen: Sequence[str | int] | Tensor) -> Tensor:
+    def _mixed(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, chosen: Sequence[str | int] | Tensor
+    ) -> Tensor:
         names = chosen.tolist() if isinstance(chosen, Tensor) else list(chosen)
         if not isinstance(names, list) or len(names) != len(input):
             raise ValueError(
@@ -186,10 +191,14 @@ class DomainBatchNorm(nn.Module):
                     f"Expected more than 1 value per channel when training, got 1 sample of domain {name!r} in an "
                     f"input of size {tuple(input.shape)}: give each domain of a batch more samples, or eval()"
                 )
+        if mask is not None:
+            check_mask(mask, input)
+            mask = mask.expand(*input.shape[:1], *input.shape[2:])
         y = torch.empty_like(input)
         for name, rows in samples.items():
             index = torch.tensor(rows, device=input.device)
-            y.index_copy_(0, index, _called(self.of(name), input[index], None if residual is None else residual[index]))
+            own = (None if t is None else t[index] for t in (residual, mask))
+            y.index_copy_(0, index, _called(self.of(name), input[index], *own))
         return y
 
     def extra_repr(self) -> str:
@@ -236,9 +245,10 @@ def _tie_again(layer: Any, incompatible: Any) -> None:
     layer._tie()  # load_state_dict(assign=True) made parameters of its own for each domain
 
 
-def _called(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+def _called(layer: Any, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     # Something else may have taken a domain's layer's place, such as torch's SyncBatchNorm, which takes one argument.
-    y: Tensor = layer(x) if residual is None else layer(x, residual)
+    given = {"residual": residual, "mask": mask}
+    y: Tensor = layer(x, **{name: t for name, t in given.items() if t is not None})
     return y
 
 
