@@ -37,6 +37,21 @@ class Group:
         self._group, self._name = process_group, name
         self.size = dist.get_world_size(process_group)
 
+    def agree(self, channels: int, bytes_a_number: int) -> None:
+        """Raise in all processes unless they have layers alike: messages of different lengths would end the program.
+
+        Raises:
+            RuntimeError: with the channels that each has.
+        """
+        if self.size == 1:
+            return
+        heard = self.gathered(torch.tensor([channels, bytes_a_number])).tolist()
+        if any(one != heard[0] for one in heard):
+            raise RuntimeError(
+                f"{self._name}: all processes must have the same number of channels, and float64 in all or none, "
+                f"but (channels, bytes of a number) are {', '.join(str(tuple(one)) for one in heard)}"
+            )
+
     def merged(self, own: Moments, dtype: torch.dtype) -> Moments:
         """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable."""
         count = own.count.reshape(-1)[:1] if own.count.numel() else own.mean.new_zeros(1)
@@ -52,7 +67,7 @@ class Group:
         """Add the tensors of all processes up; the messages are in `dtype`."""
         if self.size == 1:
             return own
-        told = own.to(dtype)
+        told = own.to(dtype, copy=True)
         self.tell("backward", lambda: dist.all_reduce(told, group=self._group))
         return told.to(own.dtype)
 
@@ -75,8 +90,8 @@ class Group:
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self._name}: its {direction} pass did not hear from all {self.size} processes. Either one ran fewer "
-                "steps than the others (see torch.distributed.algorithms.Join), has a layer with another number of "
-                f"channels here, or failed. torch.distributed says: {error}"
+                "steps than the others (see torch.distributed.algorithms.Join), or failed. torch.distributed says: "
+                f"{error}"
             ) from error
 
 

@@ -81,7 +81,11 @@ def _kernel(call: Call, together: bool) -> str:
 
 
 def _group(sync: Sync, x: Tensor) -> Group:
-    return Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
+    group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
+    if not sync.met and not torch.compiler.is_compiling():
+        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4)
+        sync.met.append(True)
+    return group
 
 
 # --- by the loops ---

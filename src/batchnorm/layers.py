@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.activations import Activation, activation_of, module_of
 from batchnorm.functional import batch_norm
-from batchnorm.statistics import Accumulated, Batch, Policy
+from batchnorm.statistics import Accumulated, Batch, Policy, own
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
@@ -44,7 +44,7 @@ class _Ours(_Base):
         if self._statistics is not None and self._statistics.STATE is not None:
             self._buffers.pop(self._statistics.STATE, None)
             self._non_persistent_buffers_set.discard(self._statistics.STATE)
-        self._statistics = None if type(policy) is Batch else policy
+        self._statistics = None if policy is None or type(policy) is Batch else own(policy)
         if policy is not None and policy.STATE is not None:
             mean = self.running_mean
             known = mean is not None and not isinstance(mean, UninitializedBuffer)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "named", "part"]
+__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "own", "part"]
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -83,6 +83,7 @@ class Sync(Policy):
 
     process_group: Any = None
     name: str | None = field(default=None, repr=False, compare=False)
+    met: list[bool] = field(default_factory=list, repr=False, compare=False)  # whether all have agreed on the channels
 
     def __deepcopy__(self, memo: Any) -> Sync:
         return self
@@ -194,12 +195,12 @@ class Accumulated(Policy):
         return torch.zeros(2 + 2 * channels, dtype=torch.float64, device=device)
 
 
-def named(policy: Policy, name: str) -> Policy:
-    """Give what talks to other processes a name to complain under."""
+def own(policy: Policy, name: str | None = None) -> Policy:
+    """Give a layer a policy of its own where it talks to other processes: a name to complain under, a first meeting."""
     if isinstance(policy, Sync):
-        return replace(policy, name=name) if policy.name is None else policy
+        return replace(policy, name=policy.name or name, met=[])
     over = getattr(policy, "over", None)
-    return policy if over is None or part(over, Sync) is None else replace(policy, over=named(over, name))  # type: ignore[call-arg]
+    return policy if over is None or part(over, Sync) is None else replace(policy, over=own(over, name))  # type: ignore[call-arg]
 
 
 Kind = TypeVar("Kind", bound=Policy)

@@ -384,6 +384,7 @@ def backward_of_merged(
     dx = torch.empty_like(x)
     dz = torch.empty_like(x) if residual_wanted else None
     memory, partials, coefficients = _between_passes(plan, 5)
+    memory.zero_()  # where no position counts, the loops take no sums
     form, residual, bits, parameter = _form(fused, sets)
     kernel = _kernel(plan.kind, False, "backward", plan.dtype, form)
 

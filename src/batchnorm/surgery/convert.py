@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.statistics import Policy, named
+from batchnorm.statistics import Policy, own
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
 from batchnorm.surgery.rewrite import Absorbed
 from batchnorm.surgery.undo import undo
@@ -65,7 +65,7 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
         if type(module) not in TORCHS:
             take_over(module)
         if statistics is not None:
-            module.statistics = named(statistics, name)
+            module.statistics = own(statistics, name)
         converted[name] = type(module).__name__ + ("" if statistics is None else f", {statistics}")
     return Converted(converted, skipped)
 

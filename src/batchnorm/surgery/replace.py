@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.statistics import Policy, named
+from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.convert import take_over
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
@@ -148,7 +148,7 @@ def _changed(name: str, layer: Any, by: str | Policy) -> str:
     if isinstance(by, Policy):
         if type(layer) in OURS:
             take_over(layer)
-        layer.statistics = named(by, name)
+        layer.statistics = own(by, name)
         return f"{type(layer).__name__} with {by!r}"
     ours, channels = type(layer) in TORCHS, layer.num_features
     common: dict[str, Any] = {"eps": layer.eps, "device": "meta"}
