@@ -63,6 +63,7 @@ def measure(plan: grid.Plan, console: Console) -> Report:
         for regime in grid.REGIMES:
             jobs = [j for j in plan.jobs if j.regime == regime and (j.cell in passed)]
             timings += processes.time_jobs(regime, jobs, passed, plan.seconds, advance)
+        timings += processes.time_sync()
     return Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         quick=plan.quick,

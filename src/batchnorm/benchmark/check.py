@@ -12,13 +12,14 @@ the exact gradients are those of the side that the contender's own result says i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import kernels, layers
-from batchnorm.benchmark import memory, whole
+from batchnorm.benchmark import memory, policies, whole
 from batchnorm.benchmark.grid import Cell, Fused, threads
 from batchnorm.benchmark.peers import OURS, TORCH, Inputs, inputs, layer, module
 from batchnorm.benchmark.results import Check
@@ -38,8 +39,8 @@ def check(cell: Cell) -> Check:
     """Judge one cell; never raises for what a kernel does: an exception is a problem, too."""
     before = torch.get_num_threads()
     try:
-        checks = {"layer": _check_layer, "chain": _check_chain, "model": whole.check}
-        return checks[cell.kind](cell)
+        checks = {"layer": _check_layer, "chain": _check_chain, "model": whole.check, "policy": policies.check}
+        return replace(checks[cell.kind](cell), cell=cell)
     except Exception as error:
         return Check(cell, problems=(f"{type(error).__name__}: {error}",))
     finally:

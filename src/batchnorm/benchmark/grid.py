@@ -11,7 +11,7 @@ import torch
 
 Regime = Literal["warm", "fresh"]
 Operation = Literal["forward", "forward+backward", "evaluation"]
-Kind = Literal["layer", "chain", "model"]
+Kind = Literal["layer", "chain", "model", "policy"]
 Fused = Literal["bn", "bn+relu", "bn+add+relu"]
 
 REGIMES: tuple[Regime, ...] = get_args(Regime)
@@ -36,7 +36,7 @@ class Cell:
     """One input, as contiguous or channels-last memory, and what it goes through.
 
     Attributes:
-        kind: a layer; a chain conv → BN → conv; or a whole network.
+        kind: a layer; a chain conv → BN → conv; a whole network; or the layer with one policy or another.
         fused: what the layer does besides normalizing. More than that only for images, (N, C, H, W).
         model: the name of the network, in ``models``.
     """
@@ -52,7 +52,8 @@ class Cell:
     def name(self) -> str:
         """Name the cell in a line."""
         fused = "" if self.fused == "bn" else f"{FUSED[self.fused]}, "
-        what = {"layer": fused, "chain": "conv → BN → conv, ", "model": f"{self.model}, "}[self.kind]
+        kinds = {"layer": fused, "chain": "conv → BN → conv, ", "model": f"{self.model}, ", "policy": "policies, "}
+        what = kinds[self.kind]
         return f"{what}{self.size} {self.dtype} {self.layout}"
 
     @property

@@ -58,6 +58,7 @@ def full(seconds: float = 0.15) -> Plan:
             for layout in LAYOUTS
         ),
         *_models(),
+        *(Job(_policies(cell), threads(), "warm", CHAIN_OPERATIONS) for cell in cells((*IMAGES, *OTHERS))),
     ]
     if threads() > 1:
         jobs += [Job(cell, 1, "warm") for cell in cells(_FEW)]
@@ -76,6 +77,7 @@ def quick(seconds: float = 0.02) -> Plan:
         Job(fused[1], threads(), "warm"),
         *(Job(Cell((2, 16, 14, 14), kind="chain"), threads(), regime, CHAIN_OPERATIONS) for regime in REGIMES),
         Job(_model("ResNet-18", 2, 64), threads(), "warm", MODEL_OPERATIONS),
+        Job(_policies(Cell(small)), threads(), "warm", CHAIN_OPERATIONS),
     ]
     return Plan(tuple(jobs), (Cell(small), *fused), seconds, quick=True, first_call=False)
 
@@ -92,6 +94,10 @@ def _layer(cell: Cell, regime: str) -> Job:
         compared = cell.dtype == "float32" and cell.fused != "bn" and cell.shape in COMPILED[cell.layout]
         against = _BOTH if alone in RIVALS else CHAIN_OPERATIONS if compared else ()
     return Job(cell, threads(), "warm" if regime == "warm" else "fresh", OPERATIONS, against)
+
+
+def _policies(cell: Cell) -> Cell:
+    return Cell(cell.shape, cell.dtype, cell.layout, kind="policy")
 
 
 def _plain(shapes: tuple[tuple[int, ...], ...], fused: Fused) -> list[Cell]:

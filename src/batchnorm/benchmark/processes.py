@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import batchnorm
+from batchnorm.benchmark import policies
 from batchnorm.benchmark.grid import Cell, Job, Regime
 from batchnorm.benchmark.results import Check, Memory, Timing, timing
 
@@ -54,6 +55,29 @@ def time_jobs(
     ]
 
 
+def time_sync() -> list[Timing]:
+    """Time ``Sync`` in two processes of one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = Path(folder) / "answers.jsonl"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*launch, "-m", "batchnorm.benchmark.policies", str(answers)],
+            env={**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": WARM},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        found = [timing(json.loads(line)) for line in answers.read_text().splitlines()] if answers.exists() else []
+    for shape in policies.SHAPES[len(found) :]:
+        cell = Cell(shape, kind="policy")
+        why = f"two processes did not end well: {done.stderr[-300:]}"
+        found.append(Timing(cell, 1, policies.REGIME, "forward+backward", problem=why))
+    return found
+
+
+def _path() -> str:
+    package = str(Path(batchnorm.__file__).parent.parent)
+    return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+
+
 def peaks(cells: list[Cell], advance: Callable[[str, int, int], None]) -> tuple[Memory, ...]:
     """Measure the peak memory of cells; what the profiler has to say is not shown."""
     if not cells:
@@ -81,10 +105,8 @@ def first_call() -> dict[str, float]:
 @contextmanager
 def _worker(request: dict[str, Any], environment: dict[str, str | None]) -> Iterator[IO[str]]:
     """A worker's answers; it is ended with the block, and its last words are shown if it failed."""
-    package = str(Path(batchnorm.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     # Inductor's own pool of compiling processes would stay and disturb.
-    variables = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
+    variables = {**os.environ, "PYTHONPATH": _path(), "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as said:
         json.dump(request, asked)
         asked.seek(0)

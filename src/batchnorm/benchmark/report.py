@@ -60,6 +60,8 @@ def show(report: Report, console: Console) -> None:
         tables.rivals(report),
         tables.chains(report),
         tables.networks(report),
+        tables.policies(report),
+        tables.processes(report),
         tables.memory(_KEPT, report.kept),
         tables.memory(_PEAKS, report.peaks),
     )
@@ -88,6 +90,8 @@ def sections(report: Report) -> Iterator[tuple[str, Table]]:
     yield "Rivals that take long to build", tables.rivals(report)
     yield "Convolution, batch normalization, convolution: a training step", tables.chains(report)
     yield "Whole networks", tables.networks(report)
+    yield "Policies and masks", tables.policies(report)
+    yield "Two processes", tables.processes(report)
     yield "Memory", tables.memory(_KEPT, report.kept)
     yield "Peak memory", tables.memory(_PEAKS, report.peaks)
     yield "Slower than torch.nn", tables.slower(summary.slower(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from batchnorm.benchmark import summary
 from batchnorm.benchmark.bars import bars
 from batchnorm.benchmark.grid import FUSED, OPERATIONS, Cell
 from batchnorm.benchmark.peers import OURS, TORCH
+from batchnorm.benchmark.policies import COUNTED, GHOST, MASKED, RENORM, SYNC
 from batchnorm.benchmark.results import Memory, Report, Timing
 from batchnorm.benchmark.rivals import COMPILED, JAX, ONNX, RIVALS
 from batchnorm.benchmark.whole import OURS_COMPILED
@@ -86,6 +88,44 @@ def chains(report: Report) -> Table:
     """A convolution before and after."""
     rows = [(t.cell.name, t.regime, time(t.seconds[OURS]), with_interval(t)) for t in _of_kind(report, "chain")]
     return Table(("chain, training step", "memory", "ours", "× torch.nn"), rows)
+
+
+def policies(report: Report) -> Table:
+    """What policies and masks cost, over our plain layer: means over cells, and the dearest."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for t in _of_kind(report, "policy"):
+        for name in (GHOST, RENORM, MASKED):
+            cost = t.ratio(name)
+            if cost is not None:
+                found.setdefault((t.cell.dtype, t.cell.layout, str(t.threads)), {}).setdefault(name, []).append(cost)
+    rows = [
+        (*key, *(f"{statistics.geometric_mean(costs[n]):.2f} × ({max(costs[n]):.2f})" for n in (GHOST, RENORM, MASKED)))
+        for key, costs in found.items()
+    ]
+    columns = (
+        "training step, × without (most)",
+        "layout",
+        "threads",
+        GHOST,
+        RENORM,
+        f"{MASKED}, {COUNTED:.0%} counted",
+    )
+    return Table(columns, rows, words=2)
+
+
+def processes(report: Report) -> Table:
+    """What it costs to talk to another process."""
+    rows = []
+    for t in _of_kind(report, "policy"):
+        if SYNC in t.ratios:
+            cost, channels = t.ratios[SYNC], t.cell.shape[1]
+            ratios = f"{cost.median:.2f} × ({cost.low:.2f}–{cost.high:.2f})"
+            added = time(t.seconds[SYNC] - t.seconds[OURS])
+            rows.append(
+                (t.cell.size, time(t.seconds[OURS]), time(t.seconds[SYNC]), ratios, added, str(16 * channels + 4))
+            )
+    columns = ("training step in each of two processes", "alone", SYNC, "× alone", "added", "bytes sent")
+    return Table(columns, rows)
 
 
 def slower(timings: list[Timing]) -> Table:

@@ -62,6 +62,18 @@ def interleaved(calls: dict[str, Call], budget: float) -> dict[str, list[float]]
     return samples
 
 
+def taking_turns(calls: dict[str, Call], rounds: int, before: Call) -> dict[str, list[float]]:
+    """Time the calls, once each a round, after a call that is not timed; where processes must do the same steps."""
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            before()
+            samples[name].append(_sample(call, 1))
+    return samples
+
+
 def measured(samples: list[float]) -> Measured:
     """Give the median of a call's rounds, and their spread."""
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from batchnorm import kernels, layers
-from batchnorm.benchmark import machine, memory, peers, results, rivals, traffic, whole
+from batchnorm.benchmark import machine, memory, peers, policies, results, rivals, traffic, whole
 from batchnorm.benchmark.grid import Cell, Operation
 from batchnorm.benchmark.results import Timing
 from batchnorm.benchmark.summary import NOISE
@@ -57,6 +57,8 @@ def time_cell(job: dict[str, Any], seconds: float) -> Iterator[Timing]:
 def _time(cell: Cell, given: Any, operation: Operation, job: dict[str, Any], seconds: float) -> dict[str, Any]:
     evaluating = operation == "evaluation"
     source = (whole.contenders, whole.compiled) if cell.kind == "model" else (peers.contenders, rivals.rivals)
+    if cell.kind == "policy":
+        source = (lambda cell, given, _: policies.contenders(cell, given), rivals.rivals)
     with torch.no_grad() if evaluating else contextlib.nullcontext():
         calls = source[0](cell, given, operation)
         calls[peers.OURS]()
