@@ -175,6 +175,8 @@ class _Fused(torch.autograd.Function):
                 x = torch.zeros_like(dy)  # y is affine in x: any x has the same gradient
             if residual is None and added:
                 residual = torch.zeros_like(x, requires_grad=True)
+            if residual is not None and sets is not None and sets.weights is not None:
+                residual = reference.counted(residual, sets.weights)  # nan there must meet no slope
             z = _reference(x, weight, bias, moments, eps, given, sets)
             z = z if residual is None else z + residual
             y = z * slope if slope is not None else applied(activation, z)
