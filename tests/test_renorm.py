@@ -36,7 +36,7 @@ class Paper:
         self.gamma, self.beta = (
             None if p is None else p.detach().double().requires_grad_() for p in (layer.weight, layer.bias)
         )
-        self.mu = layer.running_mean.double()
+        self.mu = layer.running_mean.double().clone()
         self.sigma = (layer.running_var.double() + layer.eps).sqrt()
         self.clipped = 0.0
 
@@ -179,17 +179,19 @@ def test_a_bad_batch_changes_nothing(kernel: Any) -> None:
 
 
 def test_an_activation_and_a_residual_follow() -> None:
-    layer = made(9, 4, AT_ONCE, activation="silu", dtype=torch.float64)
+    layer = made(9, 4, AT_ONCE, activation="silu")
     paper = Paper(layer)
-    x, grad, residual = (laid((7, 9, 6, 7), seed, torch.float64).clone() for seed in range(3))
+    x, grad, residual = (laid((7, 9, 6, 7), seed, torch.float32).clone() for seed in range(3))
     leaves = [t.requires_grad_() for t in (x, residual)]
-    right = nn.functional.silu(paper(x, 1.3, 0.4) + residual)
+    right = nn.functional.silu(paper(x.double(), 1.3, 0.4) + residual.double())
     y = layer(x, residual)
-    torch.testing.assert_close(y, right)
+    torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
     assert paper.gamma is not None
     assert paper.beta is not None
     found = torch.autograd.grad(y, [*leaves, layer.weight, layer.bias], grad)
-    torch.testing.assert_close(found, torch.autograd.grad(right, [*leaves, paper.gamma, paper.beta], grad))
+    expected = torch.autograd.grad(right, [*leaves, paper.gamma, paper.beta], grad.double())
+    for ours, oracle in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), oracle.double(), rtol=1e-4, atol=1e-4)
     assert kernels.ran() == ("cpu", "cpu")
 
 

@@ -145,7 +145,10 @@ def _by_operations(call: Call, size: int, weights: Tensor | None) -> tuple[Tenso
         r_max, d_max = renorm.limits(batches)
         sigma = (running_var.to(var.dtype) + call.eps).sqrt()
         r, d = (var + call.eps).sqrt() / sigma, (mean - running_mean.to(mean.dtype)) / sigma
-        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return torch.ops.batchnorm.kept(r), torch.ops.batchnorm.kept(d)
+        return r, d
 
     y, moments = reference.sets_forward(x, call.weight, call.bias, call.eps, size, weights, correction)
     residual = call.residual
@@ -167,10 +170,10 @@ def _move(call: Call, moments: Moments) -> None:
             _move_once(call, count, mean, var)
 
 
-def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tensor | bool = True) -> None:
+def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tensor | None = None) -> None:
     running_mean, running_var, batches = call.running_mean, call.running_var, call.batches
     good, unbiased = _lesson(call, count, mean, var)
-    good = good & when
+    good = good if when is None else good & when
     if batches is not None:
         batches.add_(good)
     if running_mean is None or running_var is None:

@@ -381,3 +381,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, _moments: Tensor | None) -> Any:
 
 
 torch.library.register_autograd("batchnorm::train", _differentiate, setup_context=_setup_context)
+
+# What has been found from running statistics before they move. The compiler's backward would rather find it again than
+# keep it, from statistics that have moved by then; what comes of an operator that it does not know is kept.
+torch.library.define("batchnorm::kept", "(Tensor x) -> Tensor")
+torch.library.impl("batchnorm::kept", "CompositeExplicitAutograd")(torch.clone)
+torch.library.register_fake("batchnorm::kept")(torch.empty_like)
