@@ -58,7 +58,7 @@ class Paper:
         return x_hat if self.beta is None else x_hat + self.beta.view(shape)
 
     def step(self, x: Tensor, grad: Tensor, limits: tuple[float, float], batches: int) -> Result:
-        x = x.double().requires_grad_()
+        x = x.detach().double().clone().requires_grad_()
         leaves = [t for t in (x, self.gamma, self.beta) if t is not None]
         y = self(x, *limits)
         grads = [*torch.autograd.grad(y, leaves, grad.double()), None, None]
