@@ -50,7 +50,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 def streaming(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor counts as larger than the cache, so that output is written around it wherever its shape allows."""
     monkeypatch.setattr(cpu, "_beyond_cache", lambda: 0)
-    caches = cpu.plan, cpu.given_plan, cpu._planned
+    caches = cpu.plan, cpu.given_plan, cpu.sets_plan, cpu._planned
     for cached in caches:
         cached.cache_clear()
     yield

@@ -120,8 +120,9 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
         raise _elsewhere("mask", mask, x)
     if mask.requires_grad:
         raise ValueError("mask requires grad, and moments are not differentiated by their weights: use mask.detach()")
-    if mask.is_floating_point() and not torch.compiler.is_compiling() and not bool((mask >= 0).all()):
-        raise ValueError("mask has negative or nan weights: a position counts with a weight of 0 or more")
+    known = not (mask.is_meta or torch.compiler.is_compiling())
+    if mask.is_floating_point() and known and not bool(((mask >= 0) & mask.isfinite()).all()):
+        raise ValueError("mask has negative, infinite or nan weights: a position counts with a weight of 0 or more")
 
 
 def _check_policy(call: Call, policy: Policy) -> None:
@@ -140,13 +141,19 @@ def _check_policy(call: Call, policy: Policy) -> None:
         )
     state = call.state
     wanted = policy.state(x.shape[1])
-    if isinstance(policy, Accumulated) and state is None and call.running_mean is not None:
-        raise ValueError(f"{policy} gathers moments in state, and there is none: pass statistics.state({x.shape[1]})")
+    needed = isinstance(policy, Accumulated) or (isinstance(policy, Renorm) and policy.schedule is not None)
+    if needed and state is None and call.running_mean is not None:
+        raise ValueError(
+            f"{policy} keeps what it knows of earlier batches in state, and there is none: "
+            f"pass state=statistics.state({x.shape[1]}), the same one for every batch"
+        )
     if state is not None and wanted is not None and (state.shape != wanted.shape or state.dtype != wanted.dtype):
         raise RuntimeError(
             f"state should have size {tuple(wanted.shape)} and {wanted.dtype} for {policy} and {x.shape[1]} channels, "
             f"got {tuple(state.shape)} and {state.dtype}"
         )
+    if state is not None and state.device != x.device:
+        raise _elsewhere("state", state, x)
 
 
 def check_residual(residual: Tensor, x: Tensor) -> None:

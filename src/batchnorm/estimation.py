@@ -54,7 +54,8 @@ def evaluate_masked(call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
     """Normalize by running statistics; 0 at positions that do not count, whatever is there."""
     assert call.mask is not None
     weights = positions(call.mask, call.x)
-    y = evaluate(call._replace(x=reference.counted(call.x, weights), mask=None))
+    residual = None if call.residual is None else reference.counted(call.residual, weights)
+    y = evaluate(call._replace(x=reference.counted(call.x, weights), residual=residual, mask=None))
     return reference.counted(y, weights)
 
 
@@ -74,10 +75,10 @@ def _kernel(call: Call, together: bool) -> str:
     kernel = which(x, True, *others)
     if asked_for.get() == "aten":
         raise RuntimeError(
-            "kernel 'aten' was asked for, and torch's batch_norm knows neither masks nor policies; ask for another or "
-            "let batchnorm choose"
+            "kernel 'aten' was asked for, but it has no masks and no policies; "
+            "ask for 'cpu' or 'reference', or let batchnorm choose"
         )
-    return kernel
+    return "reference" if call.batches is not None and call.batches.dtype != torch.int64 else kernel
 
 
 def _group(sync: Sync, x: Tensor) -> Group:
@@ -97,10 +98,9 @@ def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) 
     sets = sets._replace(moments=sets.memory(plan))
     ready = [None if t is None else t.to(plan.statistics).contiguous() for t in call[1:5]]
     mean, var, weight, bias = ready
-    waits = part(call.statistics, Accumulated) is not None
+    still = recomputing or part(call.statistics, Accumulated) is not None
     running = None
-    if sets.limits is not None or not (recomputing or waits):
-        still = recomputing or waits  # renormalization looks at running statistics that do not move
+    if sets.limits is not None or not still:  # renormalization looks at running statistics that do not move, too
         factor = 0.0 if still else -1.0 if call.momentum is None else call.momentum
         running = cpu.Running(mean, var, None if still else call.batches, factor)
     residual = call.residual
@@ -108,7 +108,7 @@ def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) 
         residual = torch.empty_like(x).copy_(residual)
     extras = operators.Extras(call.activation, residual, call.inplace)
     y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, extras, sets=sets)
-    if running is not None:
+    if not still:
         for buffer, t in zip(call[1:3], (mean, var), strict=True):
             if buffer is not None and t is not None and t is not buffer:
                 buffer.copy_(t)
@@ -197,7 +197,10 @@ def _correction(call: Call, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor] 
     r_max, d_max = renorm.limits(batches)
     sigma = (running_var.to(var.dtype) + call.eps).sqrt()
     r, d = (var + call.eps).sqrt() / sigma, (mean - running_mean.to(mean.dtype)) / sigma
-    return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+    r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return torch.ops.batchnorm.kept(r), torch.ops.batchnorm.kept(d)
+    return r, d
 
 
 def _by_operations(call: Call, size: int, weights: Tensor | None, group: Group | None) -> tuple[Tensor, Moments]:
@@ -215,7 +218,10 @@ def _by_operations(call: Call, size: int, weights: Tensor | None, group: Group |
     y, moments = reference.sets_forward(
         x, call.weight, call.bias, call.eps, size, weights, correction, None if group is None else merged
     )
-    y = applied(call.activation, y if call.residual is None else y + call.residual)
+    residual = call.residual
+    if weights is not None and residual is not None:
+        residual = reference.counted(residual, weights)  # an activation's slope at nan would make a gradient of 0 nan
+    y = applied(call.activation, y if residual is None else y + residual)
     if weights is not None:
         y = reference.counted(y, weights)
     return y, Moments(moments.count.detach(), moments.mean.detach(), moments.m2.detach())
@@ -231,11 +237,10 @@ def _move(call: Call, moments: Moments) -> None:
             _move_once(call, count, mean, var)
 
 
-def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tensor | bool = True) -> None:
+def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tensor | None = None) -> None:
     running_mean, running_var, batches = call.running_mean, call.running_var, call.batches
-    stored = [mean.dtype if t is None else t.dtype for t in (running_mean, running_var)]
-    unbiased = var * torch.where(count > 1, count / (count - 1), 1.0)
-    good = (count > 1).all() & mean.to(stored[0]).isfinite().all() & unbiased.to(stored[1]).isfinite().all() & when
+    good, unbiased = _lesson(call, count, mean, var)
+    good = good if when is None else good & when
     if batches is not None:
         batches.add_(good)
     if running_mean is None or running_var is None:
@@ -251,8 +256,19 @@ def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tenso
         new_var = (sigma.square() - call.eps).clamp(min=0)
     else:
         new_var = (1 - factor) * running_var + factor * unbiased
-    running_mean.copy_(torch.where(good, new_mean.to(stored[0]), running_mean))
-    running_var.copy_(torch.where(good, new_var.to(stored[1]), running_var))
+    running_mean.copy_(torch.where(good, new_mean.to(running_mean.dtype), running_mean))
+    running_var.copy_(torch.where(good, new_var.to(running_var.dtype), running_var))
+
+
+def _lesson(call: Call, count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the running statistics can learn from a set, and its unbiased variance.
+
+    They cannot if it has no variance, or if anything would be stored as something not finite.
+    """
+    unbiased = var * torch.where(count > 1, count / (count - 1), 1.0)
+    stored = [mean.dtype if t is None else t.dtype for t in call[1:3]]
+    finite = mean.to(stored[0]).isfinite().all() & unbiased.to(stored[1]).isfinite().all()
+    return (count > 1).all() & finite, unbiased
 
 
 def _remember(call: Call, moments: Moments) -> None:
@@ -262,19 +278,14 @@ def _remember(call: Call, moments: Moments) -> None:
         return
     with torch.no_grad():
         if accumulated is None:
-            state.add_(1)
+            state.add_(_lesson(call, moments.count, moments.mean, moments.biased_variance)[0])
             return
         C = moments.mean.shape[-1]
-        now = moments.merged(0)
-        finite = now.mean.isfinite().all() & now.m2.isfinite().all()
-        before = Moments(state[1].expand(C), state[2 : 2 + C], state[2 + C :])
-        both = merge(before, now)
-        count, mean, m2 = (
-            torch.where(finite, new, old)
-            for new, old in ((both.count, before.count), (both.mean, before.mean), (both.m2, before.m2))
-        )
+        finite = (moments.mean.isfinite() & moments.m2.isfinite()).all(-1, keepdim=True)  # else the set is left out
+        now = Moments(*(torch.where(finite, t, 0.0) for t in (moments.count, moments.mean, moments.m2))).merged(0)
+        both = merge(Moments(state[1].expand(C), state[2 : 2 + C], state[2 + C :]), now)
         steps = state[0] + 1
         full = steps >= accumulated.steps
-        _move_once(call, count, mean, m2 / count.clamp(min=1), full)
-        kept = torch.cat((steps.reshape(1), count[:1], mean, m2))
+        _move_once(call, both.count, both.mean, both.biased_variance, full)
+        kept = torch.cat((steps.reshape(1), both.count[:1], both.mean, both.m2))
         state.copy_(torch.where(full, 0.0, kept))

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.activations import Activation, activation_of, module_of
 from batchnorm.functional import batch_norm
-from batchnorm.statistics import Accumulated, Batch, Policy, own
+from batchnorm.statistics import Accumulated, Batch, Policy, check_policy, own, part
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
@@ -39,16 +39,14 @@ class _Ours(_Base):
 
     @statistics.setter
     def statistics(self, policy: Policy | None) -> None:
-        if policy is not None and not isinstance(policy, Policy):
-            raise TypeError(f"statistics must be a policy, such as Ghost(16) or Sync(), got {policy!r}")
+        check_policy(policy)
         if self._statistics is not None and self._statistics.STATE is not None:
             self._buffers.pop(self._statistics.STATE, None)
             self._non_persistent_buffers_set.discard(self._statistics.STATE)
         self._statistics = None if policy is None or type(policy) is Batch else own(policy)
         if policy is not None and policy.STATE is not None:
-            mean = self.running_mean
-            known = mean is not None and not isinstance(mean, UninitializedBuffer)
-            state = policy.state(self.num_features, mean.device if known else None)  # type: ignore[union-attr]
+            batches = self.num_batches_tracked
+            state = policy.state(self.num_features, None if batches is None else batches.device)
             self.register_buffer(policy.STATE, state, persistent=policy.KEPT)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -248,10 +246,12 @@ class _LazyBatchNorm(_Ours):
         self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
         _widen(self)
 
-    def initialize_parameters(self, input: Tensor) -> None:
-        """Take the number of channels from the first input."""
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from the first input; residual and mask, if there are any, say nothing new."""
         super().initialize_parameters(input)  # type: ignore[misc]
-        self.statistics = self._statistics  # which can make its buffer now
+        if part(self._statistics, Accumulated) is not None:
+            self.num_features = input.shape[1]  # torch leaves it at 0 where a checkpoint was loaded before
+            self.statistics = self._statistics  # whose buffer is of that size
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):

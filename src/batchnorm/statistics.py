@@ -10,13 +10,14 @@ running statistics normalize, whatever the policy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "own", "part"]
+__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "check_policy", "own", "part"]
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -142,6 +143,8 @@ class Renorm(Policy):
             raise ValueError(f"r_max must be at least 1, where r is always 1, got {self.r_max}")
         if not self.d_max >= 0:
             raise ValueError(f"d_max must be at least 0, where d is always 0, got {self.d_max}")
+        if self.schedule is not None and math.inf in (self.r_max, self.d_max):
+            raise ValueError(f"a warm-up never reaches r_max={self.r_max}, d_max={self.d_max}: use schedule=None")
         if not isinstance(self.over, (Batch, Sync)):
             raise ValueError(
                 f"Renorm cannot be over {self.over}: it corrects what small sets do to a batch's moments, and that is "
@@ -201,6 +204,12 @@ def own(policy: Policy, name: str | None = None) -> Policy:
         return replace(policy, name=policy.name or name, met=[])
     over = getattr(policy, "over", None)
     return policy if over is None or part(over, Sync) is None else replace(policy, over=own(over, name))  # type: ignore[call-arg]
+
+
+def check_policy(policy: Policy | None) -> None:
+    """Raise TypeError for what is neither a policy nor None."""
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"statistics must be a policy, such as Ghost(16) or Sync(), got {policy!r}")
 
 
 Kind = TypeVar("Kind", bound=Policy)

@@ -175,6 +175,8 @@ class _Fused(torch.autograd.Function):
                 x = torch.zeros_like(dy)  # y is affine in x: any x has the same gradient
             if residual is None and added:
                 residual = torch.zeros_like(x, requires_grad=True)
+            if residual is not None and sets is not None and sets.weights is not None:
+                residual = reference.counted(residual, sets.weights)  # nan there must meet no slope
             z = _reference(x, weight, bias, moments, eps, given, sets)
             z = z if residual is None else z + residual
             y = z * slope if slope is not None else applied(activation, z)
@@ -379,3 +381,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, _moments: Tensor | None) -> Any:
 
 
 torch.library.register_autograd("batchnorm::train", _differentiate, setup_context=_setup_context)
+
+# What has been found from running statistics before they move. The compiler's backward would rather find it again than
+# keep it, from statistics that have moved by then; what comes of an operator that it does not know is kept.
+torch.library.define("batchnorm::kept", "(Tensor x) -> Tensor")
+torch.library.impl("batchnorm::kept", "CompositeExplicitAutograd")(torch.clone)
+torch.library.register_fake("batchnorm::kept")(torch.empty_like)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.statistics import Policy, own
+from batchnorm.statistics import Policy, check_policy, own
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
 from batchnorm.surgery.rewrite import Absorbed
 from batchnorm.surgery.undo import undo
@@ -50,10 +50,14 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
     Returns:
         What was converted, and what was left, with the reason.
 
+    Raises:
+        TypeError: if ``statistics`` is not a policy.
+
     Example:
         >>> model = torchvision.models.resnet50()
         >>> print(batchnorm.convert(model, statistics=batchnorm.Ghost(16)))
     """
+    check_policy(statistics)  # before the first layer changes
     converted, skipped = {}, {}
     for name, module in model.named_modules():
         if not is_batch_norm(module) or (type(module) in TORCHS and statistics is None):
