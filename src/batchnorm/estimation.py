@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +21,67 @@ from batchnorm.kernels import cpu, operators, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
-from batchnorm.statistics import Accumulated, Ghost, Renorm, Sync, part
+from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, part
 
-__all__ = ["evaluate_masked", "train"]
+__all__ = ["common_case", "evaluate_masked", "positions", "train"]
+
+
+def common_case(
+    x: Tensor,
+    running: cpu.Running,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    extras: operators.Extras,
+    mask: Tensor | None,
+    policy: Policy | None,
+    state: Tensor | None,
+    recomputing: bool,
+) -> Tensor | None:
+    """Do what `train` does where nothing needs a closer look, in a fraction of the time; None where it does.
+
+    All but mask, policy and state has been looked at.
+    """
+    kinds = _kinds(policy)
+    N, C = x.shape[:2]
+    size = N if kinds.ghost is None else min(kinds.ghost.size, N)
+    values = x.numel() // (N * C)
+    plan = cpu.sets_plan(x.shape, x.stride(), x.dtype, size, mask is not None)
+    if kinds.others or plan is None or (mask is None and (N % size or size) * values == 1):
+        return None
+    weights = counts = None
+    if mask is not None:
+        if (
+            type(mask) is not Tensor or mask.dtype != torch.bool or not mask.is_cpu or not mask.is_contiguous()
+            or mask.shape[:1] != x.shape[:1] or mask.shape[1:] != x.shape[2:]
+        ):  # fmt: skip
+            return None
+        weights, counts = _summed(mask.to(plan.statistics).view(N, values), size)
+    limits, before = None, 0
+    if kinds.renorm is not None:
+        if running.mean is None or running.batches is None or state is None:
+            return None
+        limits, before = kinds.renorm.limits(float(state)), int(running.batches)
+        if recomputing:  # which looks at running statistics that do not move
+            running = running._replace(batches=None, factor=0.0)
+    given = None if recomputing and limits is None else running
+    sets = cpu.sets_of(plan, size, weights, counts, limits)
+    y = operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
+    if state is not None and running.batches is not None and int(running.batches) != before:
+        state.add_(1)
+    return y
+
+
+class _Kinds(NamedTuple):
+    ghost: Ghost | None
+    renorm: Renorm | None
+    others: bool
+
+
+@lru_cache(maxsize=256)
+def _kinds(policy: Policy | None) -> _Kinds:
+    others = part(policy, Sync) is not None or part(policy, Accumulated) is not None
+    return _Kinds(part(policy, Ghost), part(policy, Renorm), others)
 
 
 def train(call: Call, recomputing: bool) -> Tensor:
@@ -33,12 +93,12 @@ def train(call: Call, recomputing: bool) -> Tensor:
     compiling = torch.compiler.is_compiling()
     group = None if sync is None else _group(sync, call.x)
     kernel = "reference" if compiling or (call.x.numel() == 0 and group is None) else _kernel(call, group is not None)
-    moved = False
-    if kernel == "cpu" and group is not None:
-        y, moments = _by_loops_together(call, weights, group)
-    elif kernel == "cpu":
+    moved = kernel == "cpu" and group is None
+    if moved:
         y, moments = _by_loops(call, size, weights, recomputing)
-        moved = True
+    elif kernel == "cpu":
+        assert group is not None
+        y, moments = _by_loops_together(call, weights, group)
     else:
         if not compiling:
             record.forward = "reference"
@@ -94,8 +154,7 @@ def _group(sync: Sync, x: Tensor) -> Group:
 
 def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) -> tuple[Tensor, Moments]:
     x, plan = cpu.laid_out_sets(call.x, size, weights is not None)
-    sets = cpu.Sets(size, *_summed(weights, size), limits=_limits(call))
-    sets = sets._replace(moments=sets.memory(plan))
+    sets = cpu.sets_of(plan, size, *_summed(weights, size), _limits(call))
     ready = [None if t is None else t.to(plan.statistics).contiguous() for t in call[1:5]]
     mean, var, weight, bias = ready
     still = recomputing or part(call.statistics, Accumulated) is not None
@@ -151,17 +210,14 @@ def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tupl
     return y, Moments(moments.count[None], moments.mean[None], moments.m2[None])
 
 
-def _summed(weights: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The weights, their sum in each set, and the first position in each that is not 0 (−1 if all are)."""
+def _summed(weights: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """The weights, and their sum in each set."""
     if weights is None:
-        return None, None, None
+        return None, None
     n = weights.shape[0]
     sets = -(-n // size)
     apart = torch.nn.functional.pad(weights, (0, 0, 0, sets * size - n)) if n % size else weights
-    apart = apart.view(sets, -1)
-    counts = apart.sum(1, dtype=torch.float64)
-    firsts = (apart > 0).to(torch.uint8).argmax(1)
-    return weights, counts, torch.where(counts > 0, firsts, -1)
+    return weights, apart.view(sets, -1).sum(1, dtype=torch.float64)
 
 
 def _limits(call: Call) -> tuple[float, float] | None:

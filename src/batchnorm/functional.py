@@ -86,18 +86,26 @@ def batch_norm(
     """
     alone = activation is None and residual is None
     usual = mask is None and (statistics is None or type(statistics) is Batch)
-    if usual and not inplace and not torch.compiler.is_compiling():
+    if not inplace and not torch.compiler.is_compiling():
         if training:
             plan = _common_case(input, running_mean, running_var, weight, bias, num_batches_tracked)
             if plan is not None and eps > 0 and momentum is not None and 0 <= momentum <= 1:
-                running = None
-                if torch._C._current_graph_task_id() == -1:  # else a recomputation, see _recomputing
-                    running = cpu.Running(running_mean, running_var, num_batches_tracked, momentum)
-                if alone:
-                    return operators.train_cpu(input, plan, weight, bias, running, eps)
-                if _usual(activation, residual, input):
+                running = cpu.Running(running_mean, running_var, num_batches_tracked, momentum)
+                recomputing = torch._C._current_graph_task_id() != -1  # see _recomputing
+                if alone and usual:
+                    return operators.train_cpu(input, plan, weight, bias, None if recomputing else running, eps)
+                if alone or _usual(activation, residual, input):
                     extras = operators.Extras(activation, residual)
-                    return operators.fused_cpu(input, plan, weight, bias, running, eps, extras)
+                    if usual:
+                        given = None if recomputing else running
+                        return operators.fused_cpu(input, plan, weight, bias, given, eps, extras)
+                    y = estimation.common_case(
+                        input, running, weight, bias, eps, extras, mask, statistics, state, recomputing
+                    )
+                    if y is not None:
+                        return y
+        elif mask is not None:
+            pass
         elif alone:
             return _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
         elif input.numel() < EVALUATE_FUSED_FROM and asked_for.get() is None and _usual(activation, residual, input):

@@ -79,7 +79,7 @@ class _Ours(_Base):
             mean = var = batches = None
         policy, state = self._statistics, None
         if policy is not None and policy.STATE is not None:
-            state = buffers[policy.STATE]
+            state = getattr(self, policy.STATE)
             if training and mean is None:  # whatever moves must move elsewhere
                 statistics = buffers["running_mean"], buffers["running_var"], state
                 mean, var, state = (None if t is None else t.clone() for t in statistics)

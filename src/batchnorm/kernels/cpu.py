@@ -91,26 +91,29 @@ class Sets(NamedTuple):
     size: int  # samples of a set; the last one may have fewer
     weights: Tensor | None = None  # of positions: (N, space), contiguous, in the plan's dtype of statistics
     counts: Tensor | None = None  # their sum in each set, float64
-    firsts: Tensor | None = None  # the first position in each set whose weight is not 0, int64; -1 if there is none
     limits: tuple[float, float] | None = None  # of r and d, where renormalization follows
-    moments: Tensor | None = None  # where they are to be written; see `memory`
+    moments: Tensor | None = None  # where they are written: (sets, 2, C), mean and biased variance; with r and d, 4
 
     def number(self, plan: Plan) -> int:
         return -(-plan.batch // self.size)
-
-    def memory(self, plan: Plan) -> Tensor:
-        """Memory for (sets, 2, C): mean and biased variance; (sets, 4, C) with r and d."""
-        rows = 2 if self.limits is None else 4
-        return torch.empty(self.number(plan), rows, plan.channels, dtype=torch.float64, device="cpu")
 
     def packed(self, plan: Plan) -> bytes:
         lines = {"planes": plan.channels, "rows": plan.space, "small": 1}[plan.kind]
         rows, limits = (2, (0.0, 0.0)) if self.limits is None else (4, self.limits)
         slots = launch.SetSlots(
             self.number(plan), self.size, lines * plan.row_bits // 8, rows, plan.dtype.itemsize,
-            _address(self.weights), _address(self.counts), _address(self.firsts), *limits,
+            _address(self.weights), _address(self.counts), *limits,
         )  # fmt: skip
         return slots.packed()
+
+
+def sets_of(
+    plan: Plan, size: int, weights: Tensor | None, counts: Tensor | None, limits: tuple[float, float] | None
+) -> Sets:
+    """The sets of a tensor, with memory for their moments."""
+    rows = 2 if limits is None else 4
+    moments = torch.empty(-(-plan.batch // size), rows, plan.channels, dtype=torch.float64, device="cpu")
+    return Sets(size, weights, counts, limits, moments)
 
 
 class Gradients(NamedTuple):
@@ -471,7 +474,8 @@ def backward(
     else:
         strides = plan.strides
     dx = torch.empty_like(x) if wanted[0] or residual_wanted else None
-    pattern = plan.gradient if sets is None else plan.gradient.expand(sets.number(plan), -1)
+    parts = 1 if sets is None else sets.number(plan)
+    pattern = plan.gradient if parts == 1 else plan.gradient.expand(parts, -1)
     grad_weight = torch.empty_like(pattern) if wanted[1] else None
     grad_bias = torch.empty_like(pattern) if wanted[2] else None
     grad_residual = torch.empty_like(x) if residual_wanted else None
@@ -489,7 +493,7 @@ def backward(
     )  # fmt: skip
     kernel(slots, plan.threads(), 1 if plan.fused else 4, launch.ONE_SET if sets is None else sets.packed(plan))
     del memory
-    if sets is not None:
+    if parts > 1:
         grad_weight, grad_bias = (None if t is None else t.sum(0) for t in (grad_weight, grad_bias))
     return Gradients(dx if wanted[0] else None, grad_weight, grad_bias, grad_residual)
 

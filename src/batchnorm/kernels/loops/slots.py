@@ -16,10 +16,10 @@ i64, u8 = types.int64, types.uint8
     GRAD_WEIGHT, GRAD_BIAS, RESIDUAL, GRAD_RESIDUAL, BITS, BITS_ROW,
     BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM,
     EPS, FACTOR, SHARE, PARAMETER,
-    SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, FIRSTS, FIRST, COUNT, R_MAX, D_MAX,
+    SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, FIRST, COUNT, R_MAX, D_MAX,
     THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGES,
-) = range(49)  # fmt: skip
-ALL_SLOTS = 49
+) = range(48)  # fmt: skip
+ALL_SLOTS = 48
 LAST = 8  # the stage that moves the running statistics, once all moments are there
 ONLY_LAST = 1 << LAST
 
@@ -94,11 +94,23 @@ def select(whole, a, index):
     count = f64(a[BATCH] * a[SPACE])
     if whole[WEIGHTS] != 0:
         count = pointer(whole[COUNTS], f64)[index]
-        a[FIRST] = pointer(whole[FIRSTS], i64)[index]
+        a[FIRST] = first_counted(a, own)
     reals = reinterpret(a, f64)
     reals[COUNT] = count
     if reals[SHARE] != 0.0 and (whole[SETS] > 1 or whole[WEIGHTS] != 0):
         reals[SHARE] = 1.0 / count if count > 0.0 else 0.0
+
+
+@loop
+def first_counted(a, own):
+    """The first position of a set whose weight is not 0, in units of positions; −1 if there is none."""
+    for i in range(a[BATCH] * a[SPACE]):
+        if own == 8:
+            if pointer(a[WEIGHTS], f64)[i] > 0.0:
+                return i
+        elif pointer(a[WEIGHTS], f32)[i] > 0.0:
+            return i
+    return -1
 
 
 @loop
