@@ -41,7 +41,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def main() -> None:
     """Train, and let the first process tell the accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=16, help="samples a process and step")
     options = parser.parse_args()
 
@@ -56,7 +56,8 @@ def main() -> None:
     if rank == 0:
         print(report)
     parallel = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, max(1, options.epochs - 1))
 
     steps = 0
     for epoch in range(options.epochs):
@@ -74,6 +75,7 @@ def main() -> None:
         except RuntimeError as error:
             if "exhausted" not in str(error):
                 raise
+        schedule.step()
     if rank == 0:
         model.eval()
         with torch.no_grad():
