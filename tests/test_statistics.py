@@ -376,3 +376,12 @@ def test_moments_of_sets_explain_a_ghost() -> None:
     y = batch_norm(x, None, None, training=True, statistics=Ghost(2), eps=1e-12)
     right = (x.view(3, 2, 9, 42) - sets.mean[:, None, :, None]) / sets.biased_variance.sqrt()[:, None, :, None]
     torch.testing.assert_close(y, right.view(x.shape))
+
+
+def test_torchscript_takes_a_policy_in_evaluation_alone() -> None:
+    layer = batchnorm.BatchNorm1d(3, statistics=Ghost(2))
+    with pytest.raises(RuntimeError, match=r"TorchScript cannot train with Ghost\(size=2\)"):
+        torch.jit.script(nn.Sequential(layer))
+    x = torch.randn(4, 3)
+    scripted = torch.jit.script(nn.Sequential(copy.deepcopy(layer)).eval())
+    torch.testing.assert_close(scripted(x), layer.eval()(x))

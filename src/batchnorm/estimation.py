@@ -61,6 +61,8 @@ def common_case(
     if kinds.renorm is not None:
         if running.mean is None or running.batches is None or state is None:
             return None
+        if state.dim() != 0 or state.dtype != torch.int64 or not state.is_cpu:
+            return None
         limits, before = kinds.renorm.limits(float(state)), int(running.batches)
         if recomputing:  # which looks at running statistics that do not move
             running = running._replace(batches=None, factor=0.0)

@@ -127,6 +127,10 @@ class _Ours(_Base):
 
         TorchScript puts it in the layer's place in the model that it was given.
         """
+        if self._statistics is not None and self.training:
+            raise RuntimeError(
+                f"TorchScript cannot train with {self._statistics}: call eval() first, or use torch.export"
+            )
         twin = _torch_twin(self)
         if self.activation is not None:
             twin = nn.Sequential(twin, module_of(self.activation))

@@ -120,6 +120,8 @@ class Renorm(Policy):
     A moving average is taken of the deviation, as in the paper: ``running_var`` holds its square less eps, so that
     evaluation uses the paper's σ. It is not corrected for the degrees of freedom, which matters where a batch has few
     values a channel. The layer counts its batches for the schedule in ``renorm_batches``, a buffer in its state_dict.
+    Under activation checkpointing, the recomputation finds running statistics that have moved once, and so slightly
+    other r and d.
 
     Args:
         r_max: r stays within 1 / r_max and r_max.
