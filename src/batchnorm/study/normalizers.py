@@ -67,12 +67,13 @@ def run(data: Data, norm: str, batch: int, samples: int, rate: float, seed: int,
         settings = Settings(steps=steps, batch=batch, every=steps)
         for _ in descend(model, data.train, rate, seed, settings):
             pass  # a loss that is not finite ends it early
+        at = (data.name, norm, batch, rate, seed, stage)
         if stage == "sweep":
-            found = accuracy(model, data.validation), None, None
-        else:
-            test = data.test
-            found = accuracy(model, test), recalibrated(model, data.train, test), batch_accuracy(model, test, batch)
-    return SmallRun(data.name, norm, batch, rate, seed, stage, *found)
+            return SmallRun(*at, accuracy(model, data.validation), None, None)
+        test = data.test
+        return SmallRun(
+            *at, accuracy(model, test), recalibrated(model, data.train, test), batch_accuracy(model, test, batch)
+        )
 
 
 def network(data: str, norm: str, steps: int) -> nn.Module:

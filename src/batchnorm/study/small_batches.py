@@ -1,4 +1,4 @@
-"""Small batches: what each policy's accuracy is, for batches from large to tiny, and what its running statistics cost."""
+"""Small batches: each policy's accuracy against the size of the batch, and what running statistics do to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from joblib import Parallel, cpu_count, delayed
@@ -38,13 +39,18 @@ class Budget:
     """
 
     batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    samples: int = 3000
+    samples: int = 2000
     sweep_seeds: int = 2
     seeds: int = 5
     processes: int = 4
 
+    def __post_init__(self) -> None:
+        largest = max(self.batches) * self.processes
+        if self.samples < largest:
+            raise ValueError(f"samples must be enough for one step of {largest}, got {self.samples}")
 
-QUICK = Budget(batches=(2, 16), samples=128, sweep_seeds=1, seeds=2)
+
+QUICK = Budget(batches=(4, 16), samples=64, sweep_seeds=1, seeds=2)
 
 
 @dataclass(frozen=True, order=True)
@@ -122,7 +128,7 @@ class Study:
 
     def to_json(self) -> str:
         """Return the study as JSON of one schema version."""
-        return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, allow_nan=False)
+        return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, allow_nan=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Study:
@@ -141,9 +147,9 @@ class Study:
 
     def save(self, directory: Path) -> list[Path]:
         """Write results.json, tables.md and choosing.svg into a directory, which is made if need be."""
-        from batchnorm.study.guide import figure, tables  # here, so that reading results needs no plotting library
+        from batchnorm.study.guide import figure, markdown  # here, so that reading results needs no plotting library
 
-        contents = {"results.json": self.to_json(), "tables.md": tables(self), "choosing.svg": figure(self)}
+        contents = {"results.json": self.to_json(), "tables.md": markdown(self), "choosing.svg": figure(self)}
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
             write_text(directory / name, text)
@@ -177,7 +183,7 @@ def study(
     rounds.expected = 0
     best = [(point, rounds.best_rate(point)) for point in tried]
     rounds.train(best, "final", range(budget.sweep_seeds, budget.sweep_seeds + budget.seeds))
-    return Study(budget, environment(), tuple(rounds.runs))
+    return Study(budget, {**environment(), "mnist1d": version("mnist1d")}, tuple(rounds.runs))
 
 
 class _Rounds:
