@@ -48,7 +48,7 @@ def show(study: Study, console: Console) -> None:
 def markdown(study: Study) -> str:
     """Return the tables as Markdown, with what they are of."""
     console = Console(file=io.StringIO(), width=1000, color_system=None)
-    console.print(_described(study), highlight=False, soft_wrap=True)
+    console.print(_described(study), highlight=False, markup=False)
     for title, table in _tables(study, box.MARKDOWN):
         console.print(f"\n**{title}**\n", highlight=False, markup=False)
         console.print(table)
@@ -93,9 +93,9 @@ def _described(study: Study) -> str:
     budget, machine = study.budget, study.environment
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "scikit-learn", "mnist1d"))
     return (
-        f"Written by `batchnorm choose --publish docs` ({versions}); every run stands in [choosing.json](choosing.json). "
-        f"Each run sees {budget.samples} samples, whatever its batches; SGD with momentum 0.9 along a cosine. Each arm's "
-        f"rate at each batch size is chosen on validation data over {budget.sweep_seeds} seeds, and the test data seen "
+        f"Written by `batchnorm choose --publish docs` ({versions}); every run stands in [choosing.json](choosing.json).\n"
+        f"Each run sees {budget.samples} samples, whatever its batches; SGD with momentum 0.9 along a cosine. Each arm's\n"
+        f"rate at each batch size is chosen on validation data over {budget.sweep_seeds} seeds, and the test data seen\n"
         f"by {budget.seeds} others, with the same initial weights and order of the data for all arms."
     )
 

@@ -128,7 +128,9 @@ class Study:
 
     def to_json(self) -> str:
         """Return the study as JSON of one schema version."""
-        return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, allow_nan=False, separators=(",", ":"))
+        return json.dumps(
+            {"schema": SCHEMA, "version": VERSION, **asdict(self)}, allow_nan=False, separators=(",", ":")
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Study:
