@@ -17,7 +17,7 @@ from rich.table import Table
 from batchnorm import pages
 from batchnorm.files import around, write_text
 from batchnorm.pages import INK, MUTED
-from batchnorm.study.normalizers import GHOST
+from batchnorm.study.normalizers import GHOST, GROUP
 from batchnorm.study.small_batches import SYNC, Cell, Study
 from batchnorm.study.verdict import Interval
 
@@ -92,12 +92,13 @@ def figure(study: Study) -> str:
 def _described(study: Study) -> str:
     budget, machine = study.budget, study.environment
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "scikit-learn", "mnist1d"))
-    return (
-        f"Written by `batchnorm choose --publish docs` ({versions}); every run stands in [choosing.json](choosing.json).\n"
-        f"Each run sees {budget.samples} samples, whatever its batches; SGD with momentum 0.9 along a cosine. Each arm's\n"
-        f"rate at each batch size is chosen on validation data over {budget.sweep_seeds} seeds, and the test data seen\n"
-        f"by {budget.seeds} others, with the same initial weights and order of the data for all arms."
-    )
+    return f"""\
+Written by `batchnorm choose --publish docs` ({versions}); every run stands in [choosing.json](choosing.json).
+Each run sees {budget.samples} samples, whatever its batches: small ones take more steps. SGD with momentum 0.9 along a
+cosine; momentum 0.1 in the running statistics. Each arm's rate at each batch size is the best on validation data over
+{budget.sweep_seeds} seeds; test data is seen by {budget.seeds} others, for which all arms share initial weights and the
+order of the data. *Renorm*'s schedule is the paper's for 100 000 steps, scaled to the run; *group* is of {GROUP} channels;
+*sync over {budget.processes}* is batch norm of {budget.processes} times as many samples a step, which is what it equals."""
 
 
 def _tables(study: Study, style: box.Box) -> Iterator[tuple[str, Table]]:
