@@ -97,8 +97,8 @@ Written by `batchnorm choose --publish docs` ({versions}); every run stands in [
 Each run sees {budget.samples} samples, whatever its batches: small ones take more steps. SGD with momentum 0.9 along a
 cosine; momentum 0.1 in the running statistics. Each arm's rate at each batch size is the best on validation data over
 {budget.sweep_seeds} seeds; test data is seen by {budget.seeds} others, for which all arms share initial weights and the
-order of the data. *Renorm*'s schedule is the paper's for 100 000 steps, scaled to the run; *group* is of {GROUP} channels;
-*sync over {budget.processes}* is batch norm of {budget.processes} times as many samples a step, which is what it equals."""
+order of the data. *Renorm*'s schedule is the paper's for 100 000 steps, scaled to the run; *group* is of {GROUP}
+channels; *sync over {budget.processes}* is what it equals: batch norm of {budget.processes} times as many samples."""
 
 
 def _tables(study: Study, style: box.Box) -> Iterator[tuple[str, Table]]:
@@ -158,7 +158,7 @@ def _draw(figure: Figure, study: Study) -> None:
     grid = figure.subplots(2, len(study.data), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
     for column, data in enumerate(study.data):
         above, below = grid[:, column]
-        above.set_title(f"{data}: {NETWORKS[data]}".replace(", ", ",\n"), fontsize=10)
+        above.set_title(f"{data}: {NETWORKS[data]}".replace(", in which", "\nin which"), fontsize=10)
         for place, arm in enumerate(study.arms):
             dodge = DODGE ** (place - len(study.arms) / 2)
             _accuracies(above, study, data, arm, dodge)
@@ -167,7 +167,7 @@ def _draw(figure: Figure, study: Study) -> None:
         below.set_xscale("log", base=2)
         below.set_xticks(study.budget.batches, [str(batch) for batch in study.budget.batches])
         below.xaxis.set_minor_locator(NullLocator())
-        below.set_xlabel("samples in a step of one process (log scale)")
+        below.set_xlabel("samples in a step (log scale)")
     grid[0, 0].set_ylabel("test accuracy (%)\nmean and range")
     grid[1, 0].set_ylabel("running statistics less\nthe batch's (points)")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
