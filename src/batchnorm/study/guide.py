@@ -72,7 +72,7 @@ def check(folder: Path, quick: bool) -> None:
 def publish(study: Study, folder: Path) -> list[Path]:
     """Write the tables into a folder's choosing.md, between two of its headings, with the plot and the runs beside."""
     before, after = around(folder / "choosing.md", _BEGIN, _END)
-    picture = "![Accuracy against batch size, and what running statistics cost](choosing.svg)"
+    picture = "![Accuracy against batch size, and what training mode gains](choosing.svg)"
     contents = {
         "choosing.md": f"{before}{_BEGIN}\n\n{picture}\n\n{markdown(study)}\n{after}",
         "choosing.svg": figure(study),
@@ -84,7 +84,7 @@ def publish(study: Study, folder: Path) -> list[Path]:
 
 
 def figure(study: Study) -> str:
-    """Draw accuracy, and what running statistics cost, against batch size; returns an SVG file's text."""
+    """Draw accuracy, and what training mode gains, against batch size; returns an SVG file's text."""
     colours = {INK: "#1c1f24", MUTED: "#666d78"}  # of a file, which no style sheet reaches
     return pages.svg(lambda figure: _draw(figure, study), "Accuracy against batch size", colours, height=7.0) + "\n"
 
@@ -162,14 +162,14 @@ def _draw(figure: Figure, study: Study) -> None:
         for place, arm in enumerate(study.arms):
             dodge = DODGE ** (place - len(study.arms) / 2)
             _accuracies(above, study, data, arm, dodge)
-            _losses(below, study, data, arm, dodge)
+            _gains(below, study, data, arm, dodge)
         below.axhline(0, color=MUTED, linewidth=0.8, linestyle=":")
         below.set_xscale("log", base=2)
         below.set_xticks(study.budget.batches, [str(batch) for batch in study.budget.batches])
         below.xaxis.set_minor_locator(NullLocator())
         below.set_xlabel("samples in a step (log scale)")
     grid[0, 0].set_ylabel("test accuracy (%)\nmean and range")
-    grid[1, 0].set_ylabel("running statistics less\nthe batch's (points)")
+    grid[1, 0].set_ylabel("gained in training\nmode (points)")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
@@ -185,10 +185,10 @@ def _accuracies(axes: Axes, study: Study, data: str, arm: str, dodge: float) -> 
     axes.vlines(x, low, high, color=COLOURS[arm], linewidth=0.8)
 
 
-def _losses(axes: Axes, study: Study, data: str, arm: str, dodge: float) -> None:
-    """Draw how much better evaluation is with running statistics than with the batch's."""
+def _gains(axes: Axes, study: Study, data: str, arm: str, dodge: float) -> None:
+    """Draw how much better training mode does, where the batch's moments normalize, than running statistics."""
     cells = _cells(study, data, arm)
-    points = [(b, c.accuracy - c.batch_accuracy) for b, c in cells.items() if c.batch_accuracy is not None]
+    points = [(b, c.batch_accuracy - c.accuracy) for b, c in cells.items() if c.batch_accuracy is not None]
     if points:
         x, y = zip(*points, strict=True)
         line = "--" if arm == SYNC else "-"
