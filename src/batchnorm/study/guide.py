@@ -93,12 +93,13 @@ def _described(study: Study) -> str:
     budget, machine = study.budget, study.environment
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "scikit-learn", "mnist1d"))
     return f"""\
-Written by `batchnorm choose --publish docs` ({versions}); every run stands in [choosing.json](choosing.json).
-Each run sees {budget.samples} samples, whatever its batches: small ones take more steps. SGD with momentum 0.9 along a
-cosine; momentum 0.1 in the running statistics. Each arm's rate at each batch size is the best on validation data over
-{budget.sweep_seeds} seeds; test data is seen by {budget.seeds} others, for which all arms share initial weights and the
-order of the data. *Renorm*'s schedule is the paper's for 100 000 steps, scaled to the run; *group* is of {GROUP}
-channels; *sync over {budget.processes}* is what it equals: batch norm of {budget.processes} times as many samples."""
+Written by `batchnorm choose --publish docs` with {versions};
+every run stands in [choosing.json](choosing.json). Each sees {budget.samples} samples, whatever its batches: small ones
+take more steps. SGD with momentum 0.9 along a cosine; momentum 0.1 in the running statistics. Each arm's rate at each
+batch size is the best on validation data over {budget.sweep_seeds} seeds; test data is seen by {budget.seeds} others,
+for which all arms share initial weights and the order of the data. *Renorm*'s schedule is the paper's for 100 000 steps,
+scaled to the run; *group* is of {GROUP} channels; *sync over {budget.processes}* is what it equals: batch norm of
+{budget.processes} times as many samples a step, and so in as many times fewer steps."""
 
 
 def _tables(study: Study, style: box.Box) -> Iterator[tuple[str, Table]]:
@@ -155,10 +156,10 @@ def _points(share: float) -> str:
 
 def _draw(figure: Figure, study: Study) -> None:
     figure.set_facecolor("white")
-    grid = figure.subplots(2, len(study.data), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
+    grid = figure.subplots(2, len(study.data), sharex=True, squeeze=False, height_ratios=(3, 2))
     for column, data in enumerate(study.data):
         above, below = grid[:, column]
-        above.set_title(f"{data}: {NETWORKS[data]}".replace(", in which", "\nin which"), fontsize=10)
+        above.set_title(f"{data}, {NETWORKS[data].partition(',')[0]}", fontsize=11)
         for place, arm in enumerate(study.arms):
             dodge = DODGE ** (place - len(study.arms) / 2)
             _accuracies(above, study, data, arm, dodge)
