@@ -40,8 +40,8 @@ _BEGIN, _END = "## Measured", "## What these numbers say"
 
 def show(study: Study, console: Console) -> None:
     """Print the tables."""
-    for title, table in _tables(study, box.SIMPLE_HEAD):
-        console.print(title, style="bold", highlight=False)
+    for data, title, table in _tables(study, box.SIMPLE_HEAD):
+        console.print(f"{data}: {title}", style="bold", highlight=False)
         console.print(table)
 
 
@@ -49,8 +49,11 @@ def markdown(study: Study) -> str:
     """Return the tables as Markdown, with what they are of."""
     console = Console(file=io.StringIO(), width=1000, color_system=None)
     console.print(_described(study), highlight=False, markup=False)
-    for title, table in _tables(study, box.MARKDOWN):
-        console.print(f"\n**{title}**\n", highlight=False, markup=False)
+    above = None
+    for data, title, table in _tables(study, box.MARKDOWN):
+        heading = f"\n### {data}: {NETWORKS[data]}\n" if data != above else ""
+        console.print(f"{heading}\n{title.capitalize()}:\n", highlight=False, markup=False)
+        above = data
         console.print(table)
     drawn = console.file
     assert isinstance(drawn, io.StringIO)
@@ -97,16 +100,16 @@ Written by `batchnorm choose --publish docs` with {versions};
 every run stands in [choosing.json](choosing.json). Each sees {budget.samples} samples, whatever its batches: small ones
 take more steps. SGD with momentum 0.9 along a cosine; momentum 0.1 in the running statistics. Each arm's rate at each
 batch size is the best on validation data over {budget.sweep_seeds} seeds; test data is seen by {budget.seeds} others,
-for which all arms share initial weights and the order of the data. *Renorm*'s schedule is the paper's for 100 000 steps,
-scaled to the run; *group* is of {GROUP} channels; *sync over {budget.processes}* is what it equals: batch norm of
-{budget.processes} times as many samples a step, and so in as many times fewer steps."""
+for which all arms share initial weights and the order of the data. *Renorm*'s schedule is the paper's for 100 000
+steps, scaled to the run; *group* is of {GROUP} channels; *sync over {budget.processes}* is what it equals: batch norm
+of {budget.processes} times as many samples a step, and so in as many times fewer steps."""
 
 
-def _tables(study: Study, style: box.Box) -> Iterator[tuple[str, Table]]:
+def _tables(study: Study, style: box.Box) -> Iterator[tuple[str, str, Table]]:
     budget = study.budget
     kinds: dict[str, tuple[Callable[[Cell], str | None], bool]] = {
         f"test accuracy in %, mean of {budget.seeds} seeds (lowest to highest)": (_accuracy, False),
-        "points of accuracy above batch norm at the same batch size (95% CI)": (_against, False),
+        "points of accuracy above batch norm's at the same batch size (95% confidence)": (_against, False),
         "points gained by training mode, where the batch's moments normalize / by recalibration": (_gaps, True),
         "learning rate, * where the best is at the end of those tried": (_rate, False),
     }
@@ -120,7 +123,7 @@ def _tables(study: Study, style: box.Box) -> Iterator[tuple[str, Table]]:
                 if only_running and not any(cell and cell.recalibrated is not None for cell in cells):
                     continue
                 table.add_row(_name(study, arm), *("–" if cell is None else say(cell) or "–" for cell in cells))
-            yield f"{data}, {NETWORKS[data]}: {title}", table
+            yield data, title, table
 
 
 def _name(study: Study, arm: str) -> str:
