@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="batchnorm")
 def main() -> None:
-    """Batch normalization for PyTorch: compare, measure."""
+    """Batch normalization for PyTorch: compare, choose, measure."""
 
 
 @main.command()
@@ -53,6 +53,44 @@ def compare(out: Path, seeds: int | None, steps: int | None, quick: bool) -> Non
         paths = comparison.save(out)
     console.print(terminal.table(comparison))
     console.print(judge(comparison).sentence, highlight=False)
+    for path in paths:
+        click.echo(path)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("batchnorm-choose"),
+    show_default=True,
+    help="Directory for results.json, tables.md and choosing.svg.",
+)
+@click.option("--quick", is_flag=True, help="Take seconds, not minutes: too little training to tell the arms apart.")
+@click.option(
+    "--publish",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder whose choosing.md is to show the results.",
+)
+def choose(out: Path, quick: bool, publish: Path | None) -> None:
+    """Train with each policy on batches of 2 to 64, and tell which is best where."""
+    with _tools():
+        from rich.console import Console
+
+        from batchnorm.study import guide, terminal
+        from batchnorm.study.data import digits
+        from batchnorm.study.signals import SIGNALS, mnist1d
+        from batchnorm.study.small_batches import QUICK, Budget, study
+
+    console = Console()
+    with _one_line_errors():
+        _check_writable(out)
+        if publish is not None:
+            guide.check(publish, quick)
+        with terminal.progress(console) as progress:
+            data = digits(), mnist1d(SIGNALS // 10 if quick else SIGNALS)
+            found = study(data, QUICK if quick else Budget(), processes=1 if quick else None, progress=progress)
+        paths = [*found.save(out), *([] if publish is None else guide.publish(found, publish))]
+    guide.show(found, console)
     for path in paths:
         click.echo(path)
 

@@ -1,4 +1,4 @@
-"""Files: writing that leaves either the whole file or the one before."""
+"""Files: writing that leaves either the whole file or the one before, and text between two headings."""
 
 import os
 from pathlib import Path
@@ -13,3 +13,17 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def around(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """Return a text file up to one heading, and from another on: between them results are published.
+
+    Raises:
+        OSError: if there is no such file, or it lacks one of the headings.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, first, rest = text.partition(begin + "\n")
+    _, second, after = rest.partition(end + "\n")
+    if not first or not second:
+        raise OSError(f"{path} has no headings {begin!r} and {end!r}, between which results go")
+    return before, second + after

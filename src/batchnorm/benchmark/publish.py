@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchnorm.benchmark import report
 from batchnorm.benchmark.results import Report
-from batchnorm.files import write_text
+from batchnorm.files import around, write_text
 
 _BEGIN, _END = "## Latest results", "## How to read it"
 _CELLS = "# Every cell of the latest full run\n\nThe summary and how to read it are in [README.md](README.md).\n\n"
@@ -20,25 +20,15 @@ def check(folder: Path, quick: bool) -> None:
     """
     if quick:
         raise OSError("a quick run judges nothing and is not published: leave out --quick or --publish")
-    _split(folder)
+    around(folder / "README.md", _BEGIN, _END)
 
 
 def publish(found: Report, folder: Path) -> list[Path]:
     """Write the summary into the README, between two of its headings, and the cells into their own file."""
-    before, after = _split(folder)
+    before, after = around(folder / "README.md", _BEGIN, _END)
     summary = report.written(tuple(report.sections(found)), 3)
     write_text(
         folder / "README.md", f"{before}{_BEGIN}\n\n{summary}\nEvery cell stands in [cells.md](cells.md).\n\n{after}"
     )
     write_text(folder / "cells.md", _CELLS + report.written(tuple(report.cell_sections(found)), 2))
     return [folder / "README.md", folder / "cells.md"]
-
-
-def _split(folder: Path) -> tuple[str, str]:
-    """The README before its results, and from what follows them on."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    before, begin, rest = text.partition(_BEGIN + "\n")
-    _, end, after = rest.partition(_END + "\n")
-    if not begin or not end:
-        raise OSError(f"{folder / 'README.md'} has no headings {_BEGIN!r} and {_END!r}, between which results go")
-    return before, end + after

@@ -25,10 +25,10 @@ def train(arm: Arm, data: Data, rate: float, seed: int, stage: Stage, settings: 
     SGD with momentum; the rate falls to zero along a cosine. The seed sets the initial weights and the order of the
     data, the same for every arm and rate. A loss that is not finite ends the run, which counts as diverged.
     """
-    with _one_thread():
+    with one_thread():
         model = build(arm, seed)
         curves = _Curves(settings.target)
-        for step, losses, seconds in _steps(model, data.train, rate, seed, settings):
+        for step, losses, seconds in descend(model, data.train, rate, seed, settings):
             curves.record(step, losses, seconds, accuracy(model, data.validation))
             if stage == "final":  # only the runs that are drawn step by step are worth the time that this takes
                 curves.record_batch(batch_accuracy(model, data.validation, settings.batch))
@@ -83,7 +83,7 @@ def _correct(logits: Tensor, labels: Tensor) -> int:
     return int(right.sum())
 
 
-def _steps(
+def descend(
     model: nn.Module, part: Part, rate: float, seed: int, settings: Settings
 ) -> Iterator[tuple[int, list[float], float]]:
     """Train, pausing for each record with the step, the losses since the last record and the seconds they took."""
@@ -142,7 +142,7 @@ class _Curves:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run on one thread: tensors this small gain nothing from more, and runs side by side would fight for the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
