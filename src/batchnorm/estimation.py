@@ -56,7 +56,9 @@ def common_case(
             or mask.shape[:1] != x.shape[:1] or mask.shape[1:] != x.shape[2:]
         ):  # fmt: skip
             return None
-        weights, counts = _summed(mask.to(plan.statistics).view(N, values), size)
+        weights = mask.to(plan.statistics)
+        if N * values > _SUMMED_BY_THREADS:
+            _, counts = _summed(weights.view(N, values), size)
     limits, before = None, 0
     if kinds.renorm is not None:
         if running.mean is None or running.batches is None or state is None:
@@ -68,10 +70,16 @@ def common_case(
             running = running._replace(batches=None, factor=0.0)
     given = None if recomputing and limits is None else running
     sets = cpu.sets_of(plan, size, weights, counts, limits)
-    y = operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
+    if extras.activation is None and extras.residual is None:
+        y = operators.train_cpu(x, plan, weight, bias, given, eps, sets)
+    else:
+        y = operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
     if state is not None and running.batches is not None and int(running.batches) != before:
         state.add_(1)
     return y
+
+
+_SUMMED_BY_THREADS = 4096  # weights that a thread sums up in a microsecond
 
 
 class _Kinds(NamedTuple):

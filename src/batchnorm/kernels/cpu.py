@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.activations import Activation
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import PLAIN, Form
+from batchnorm.kernels.form import PLAIN, WEIGHTED, Form
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
@@ -89,19 +89,18 @@ class Sets(NamedTuple):
     """The sets that moments are taken over, where they are not the batch with all its positions."""
 
     size: int  # samples of a set; the last one may have fewer
-    weights: Tensor | None = None  # of positions: (N, space), contiguous, in the plan's dtype of statistics
-    counts: Tensor | None = None  # their sum in each set, float64
+    weights: Tensor | None = None  # of positions: (N, *space), contiguous, in the plan's dtype of statistics
+    counts: Tensor | None = None  # their sum in each set, float64; if not given, every thread takes it itself
     limits: tuple[float, float] | None = None  # of r and d, where renormalization follows
     moments: Tensor | None = None  # where they are written: (sets, 2, C), mean and biased variance; with r and d, 4
-
-    def number(self, plan: Plan) -> int:
-        return -(-plan.batch // self.size)
+    number: int = 1
+    slots: bytes = b""  # `packed`
 
     def packed(self, plan: Plan) -> bytes:
         lines = {"planes": plan.channels, "rows": plan.space, "small": 1}[plan.kind]
         rows, limits = (2, (0.0, 0.0)) if self.limits is None else (4, self.limits)
         slots = launch.SetSlots(
-            self.number(plan), self.size, lines * plan.row_bits // 8, rows, plan.dtype.itemsize,
+            self.number, self.size, lines * plan.row_bits // 8, rows, plan.dtype.itemsize,
             _address(self.weights), _address(self.counts), *limits,
         )  # fmt: skip
         return slots.packed()
@@ -111,9 +110,10 @@ def sets_of(
     plan: Plan, size: int, weights: Tensor | None, counts: Tensor | None, limits: tuple[float, float] | None
 ) -> Sets:
     """The sets of a tensor, with memory for their moments."""
-    rows = 2 if limits is None else 4
-    moments = torch.empty(-(-plan.batch // size), rows, plan.channels, dtype=torch.float64, device="cpu")
-    return Sets(size, weights, counts, limits, moments)
+    rows, number = 2 if limits is None else 4, -(-plan.batch // size)
+    moments = torch.empty(number, rows, plan.channels, dtype=torch.float64, device="cpu")
+    sets = Sets(size, weights, counts, limits, moments, number)
+    return sets._replace(slots=sets.packed(plan))
 
 
 class Gradients(NamedTuple):
@@ -322,7 +322,9 @@ def forward(
         mean, var, batches = [0 if t is None else t.data_ptr() for t in buffers]
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
     if fused is None:
-        y, kernel, residual, bits, parameter = torch.empty_like(x), plan.forward, 0, 0, 0.0
+        y, residual, bits, parameter = torch.empty_like(x), 0, 0, 0.0
+        weighted = sets is not None and sets.weights is not None
+        kernel = plan.kernel("forward", WEIGHTED) if weighted else plan.forward
     else:
         y = x if fused.inplace else torch.empty_like(x)
         form, residual, bits, parameter = _form(fused, sets)
@@ -333,7 +335,7 @@ def forward(
         coefficients, partials, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
         plan.streams and out % 64 == 0, eps, factor, plan.share, parameter,
     )  # fmt: skip
-    kernel(slots, plan.threads(), 1 if plan.fused else 3, launch.ONE_SET if sets is None else sets.packed(plan))
+    kernel(slots, plan.threads(), 1 if plan.fused else 3, launch.ONE_SET if sets is None else sets.slots)
     del memory  # alive until here
     return y, moments
 
@@ -462,6 +464,7 @@ def backward(
         residual_wanted: give the gradient of a residual that an activation followed, too.
         given: ``plan`` is a ``given_plan``.
     """
+    planned = plan
     if x is None:
         x = torch.empty_strided(*plan.layout, dtype=plan.dtype, device="cpu")
     if dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
@@ -474,14 +477,14 @@ def backward(
     else:
         strides = plan.strides
     dx = torch.empty_like(x) if wanted[0] or residual_wanted else None
-    parts = 1 if sets is None else sets.number(plan)
-    pattern = plan.gradient if parts == 1 else plan.gradient.expand(parts, -1)
-    grad_weight = torch.empty_like(pattern) if wanted[1] else None
-    grad_bias = torch.empty_like(pattern) if wanted[2] else None
+    grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
+    grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
     grad_residual = torch.empty_like(x) if residual_wanted else None
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 5)
     if fused is None:
-        kernel, residual, bits, parameter = plan.backward, 0, 0, 0.0
+        residual, bits, parameter = 0, 0, 0.0
+        weighted = sets is not None and sets.weights is not None
+        kernel = plan.kernel("backward", WEIGHTED) if weighted else plan.backward
     else:
         form, residual, bits, parameter = _form(fused, sets, given)
         kernel = plan.kernel("backward", form)
@@ -491,10 +494,11 @@ def backward(
         coefficients, partials, _address(grad_weight), _address(grad_bias), residual, dz, bits, *plan.sizes, *strides,
         plan.streams and out % 64 == 0 and dz % 64 == 0, eps, 0.0, 0.0 if given else plan.share, parameter,
     )  # fmt: skip
-    kernel(slots, plan.threads(), 1 if plan.fused else 4, launch.ONE_SET if sets is None else sets.packed(plan))
+    packed = launch.ONE_SET
+    if sets is not None:
+        packed = sets.slots if plan is planned else sets.packed(plan)
+    kernel(slots, plan.threads(), 1 if plan.fused else 4, packed)
     del memory
-    if parts > 1:
-        grad_weight, grad_bias = (None if t is None else t.sum(0) for t in (grad_weight, grad_bias))
     return Gradients(dx if wanted[0] else None, grad_weight, grad_bias, grad_residual)
 
 

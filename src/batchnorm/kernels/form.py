@@ -17,3 +17,4 @@ class Form(NamedTuple):
 
 
 PLAIN = Form()
+WEIGHTED = Form(weighted=True)

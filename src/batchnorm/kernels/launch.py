@@ -28,7 +28,7 @@ import torch
 from batchnorm.kernels.form import PLAIN, Form
 
 _SLOTS = struct.Struct("=27q4d")  # addresses and sizes, then four numbers: X to PARAMETER in loops/slots.py
-_SETS = struct.Struct("=8q3d")  # the sets that moments are taken over: SETS to D_MAX
+_SETS = struct.Struct("=9q3d")  # the sets that moments are taken over: SETS to D_MAX
 _TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGES
 _EVERY = -1  # stages, a bit for each: all of them
 _LAST = 8  # the one that follows the loop's own
@@ -101,7 +101,7 @@ class SetSlots(NamedTuple):
     d_max: float = 0.0
 
     def packed(self) -> bytes:
-        return _SETS.pack(*self[:7], 0, 0.0, *self[7:])  # two are found for each set
+        return _SETS.pack(*self[:7], 0, 0, 0.0, *self[7:])  # three are found for each set
 
 
 ONE_SET = SetSlots().packed()

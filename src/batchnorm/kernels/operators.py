@@ -28,16 +28,25 @@ class Extras(NamedTuple):
 
 
 def train_cpu(
-    x: Tensor, plan: cpu.Plan, weight: Tensor | None, bias: Tensor | None, running: cpu.Running | None, eps: float
+    x: Tensor,
+    plan: cpu.Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: cpu.Running | None,
+    eps: float,
+    sets: cpu.Sets | None = None,
 ) -> Tensor:
-    """Normalize with the batch's moments, moving the running statistics; differentiable in eager mode."""
+    """Normalize with the batch's moments, moving the running statistics; differentiable in eager mode.
+
+    Or with those of ``sets``, and a ``sets_plan``.
+    """
     record.forward = "cpu"
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = _train_apply(x, plan, weight, bias, running, eps)
+        y: Tensor = _train_apply(x, plan, weight, bias, running, eps, sets)
         return y
-    return cpu.forward(x, plan, weight, bias, running, eps)[0]
+    return cpu.forward(x, plan, weight, bias, running, eps, None, sets)[0]
 
 
 class _Train(torch.autograd.Function):
@@ -52,26 +61,28 @@ class _Train(torch.autograd.Function):
         bias: Tensor | None,
         running: cpu.Running | None,
         eps: float,
+        sets: cpu.Sets | None,
     ) -> Tensor:
-        y, moments = cpu.forward(x, plan, weight, bias, running, eps)
+        y, moments = cpu.forward(x, plan, weight, bias, running, eps, None, sets)
         ctx.save_for_backward(x, weight, bias, moments)
-        ctx.rest = plan, eps
+        ctx.rest = plan, eps, sets
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, moments = ctx.saved_tensors
-        plan, eps = ctx.rest
-        need_x, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        plan, eps, sets = ctx.rest
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         wanted = need_x, need_weight, need_bias
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated itself
             record.backward = "reference"
-            y = _reference(x, weight, bias, moments, eps, False, None)
+            y = _reference(x, weight, bias, moments, eps, False, sets)
             dx, grad_weight, grad_bias = _differentiated(y, (x, weight, bias), wanted, dy)
         else:
             record.backward = "cpu"
-            dx, grad_weight, grad_bias, _ = cpu.backward(dy, x, plan, weight, moments, eps, wanted)
-        return dx, None, grad_weight, grad_bias, None, None
+            found = cpu.backward(dy, x, plan, weight, moments, eps, wanted, None, None, False, False, sets)
+            dx, grad_weight, grad_bias, _ = found
+        return dx, None, grad_weight, grad_bias, None, None, None
 
 
 # Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
@@ -215,7 +226,8 @@ def _reference(
         return reference.inference(x, moments[0], moments[1], weight, bias, eps)
     if sets is not None:
         renorm = None if sets.limits is None else (moments[:, 2], moments[:, 3])
-        return reference.sets_forward(x, weight, bias, eps, sets.size, sets.weights, lambda *_: renorm)[0]
+        weights = None if sets.weights is None else sets.weights.reshape(x.shape[0], -1)
+        return reference.sets_forward(x, weight, bias, eps, sets.size, weights, lambda *_: renorm)[0]
     return reference.train_forward(x, weight, bias, eps)[0]
 
 

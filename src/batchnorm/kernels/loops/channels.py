@@ -16,6 +16,7 @@ from batchnorm.kernels.loops.slots import (
     FIRST,
     GRAD_BIAS,
     GRAD_WEIGHT,
+    INDEX,
     LAST,
     MOMENT_ROWS,
     MOMENTS,
@@ -108,15 +109,21 @@ def backward_coefficients(a, c, param, acc, s, t):
     mean, var = moments[c], moments[a[CHANNELS] + c]
     inverse = 1.0 / math.sqrt(var + real(a, EPS))
     r, d = renorm_of(a, c)  # constants
-    if a[GRAD_WEIGHT] != 0:
-        pointer(a[GRAD_WEIGHT], param)[c] = param(t * inverse * r + s * d)
-    if a[GRAD_BIAS] != 0:
-        pointer(a[GRAD_BIAS], param)[c] = param(s)
+    add_up(a, GRAD_WEIGHT, c, param, t * inverse * r + s * d)
+    add_up(a, GRAD_BIAS, c, param, s)
     scale = optional(a[WEIGHT], c, param, 1.0) * r * inverse
     if real(a, SHARE) == 0.0:
         return acc(scale), acc(0.0), acc(0.0)
     slope = -scale * inverse * inverse * t * real(a, SHARE)
     return acc(scale), acc(slope), acc(-scale * s * real(a, SHARE) - slope * (mean - f64(acc(mean))))
+
+
+@loop
+def add_up(a, slot, c, param, value):
+    """Add a set's gradient to those of the sets before it, which this same thread has written."""
+    if a[slot] != 0:
+        gradient = pointer(a[slot], param)
+        gradient[c] = param(value if a[INDEX] == 0 else f64(gradient[c]) + value)
 
 
 @loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 from numba import types
 
-from batchnorm.kernels.simd import call_int, call_void, pointer, reinterpret
+from batchnorm.kernels.simd import call_int, call_void, convert, load, pointer, reinterpret, splat, total
 
 f32, f64 = types.float32, types.float64
 i64, u8 = types.int64, types.uint8
@@ -16,10 +16,10 @@ i64, u8 = types.int64, types.uint8
     GRAD_WEIGHT, GRAD_BIAS, RESIDUAL, GRAD_RESIDUAL, BITS, BITS_ROW,
     BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM,
     EPS, FACTOR, SHARE, PARAMETER,
-    SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, FIRST, COUNT, R_MAX, D_MAX,
+    SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, INDEX, FIRST, COUNT, R_MAX, D_MAX,
     THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGES,
-) = range(48)  # fmt: skip
-ALL_SLOTS = 48
+) = range(49)  # fmt: skip
+ALL_SLOTS = 49
 LAST = 8  # the stage that moves the running statistics, once all moments are there
 ONLY_LAST = 1 << LAST
 
@@ -89,12 +89,18 @@ def select(whole, a, index):
         move(a, BITS, start * whole[BITS_SAMPLE])
         move(a, WEIGHTS, start * space * own)
         move(a, MOMENTS, index * whole[MOMENT_ROWS] * channels * 8)
-        move(a, GRAD_WEIGHT, index * channels * own)
-        move(a, GRAD_BIAS, index * channels * own)
+    a[INDEX] = index
     count = f64(a[BATCH] * a[SPACE])
     if whole[WEIGHTS] != 0:
-        count = pointer(whole[COUNTS], f64)[index]
-        a[FIRST] = first_counted(a, own)
+        n = a[BATCH] * a[SPACE]
+        if own == 8:
+            weights = pointer(a[WEIGHTS], f64)
+            a[FIRST] = first_counted(weights, n)
+            count = pointer(whole[COUNTS], f64)[index] if whole[COUNTS] != 0 else summed(weights, n)
+        else:
+            narrow = pointer(a[WEIGHTS], f32)
+            a[FIRST] = first_counted(narrow, n)
+            count = pointer(whole[COUNTS], f64)[index] if whole[COUNTS] != 0 else summed(narrow, n)
     reals = reinterpret(a, f64)
     reals[COUNT] = count
     if reals[SHARE] != 0.0 and (whole[SETS] > 1 or whole[WEIGHTS] != 0):
@@ -102,15 +108,26 @@ def select(whole, a, index):
 
 
 @loop
-def first_counted(a, own):
-    """The first position of a set whose weight is not 0, in units of positions; −1 if there is none."""
-    for i in range(a[BATCH] * a[SPACE]):
-        if own == 8:
-            if pointer(a[WEIGHTS], f64)[i] > 0.0:
-                return i
-        elif pointer(a[WEIGHTS], f32)[i] > 0.0:
+def first_counted(weights, n):
+    """The first of n positions whose weight is not 0; −1 if there is none."""
+    for i in range(n):
+        if weights[i] > 0.0:
             return i
     return -1
+
+
+@loop
+def summed(weights, n):
+    """The sum of n weights."""
+    lanes, i = splat(0.0, 8), 0
+    while i + 8 <= n:
+        lanes = lanes + convert(load(weights, i, 8), f64)
+        i += 8
+    s = total(lanes)
+    while i < n:
+        s += f64(weights[i])
+        i += 1
+    return s
 
 
 @loop
