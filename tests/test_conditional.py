@@ -314,3 +314,22 @@ def test_input_of_a_wrong_size() -> None:
 def test_what_cannot_be_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConditionalBatchNorm(3, **options)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_masked_positions_count_nowhere_and_come_out_as_0(train: bool) -> None:
+    mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(4)) < 0.6
+    layer = made("classes", activation=F.silu).train(train)
+    padded = values((6, 3, 5), 0).masked_fill(~mask.unsqueeze(1), float("nan")).requires_grad_()
+    plain = copy.deepcopy(layer.norm)
+    with kernels.using("reference"):
+        y = layer(padded, LABELS, mask=mask)
+        y.sum().backward()
+        normalized = plain(padded.detach(), mask=mask)
+    weight, bias = layer.class_weight(LABELS), layer.class_bias(LABELS)
+    expected = F.silu(normalized * weight.unsqueeze(-1) + bias.unsqueeze(-1)) * mask.unsqueeze(1)
+    torch.testing.assert_close(y, expected)
+    assert padded.grad is not None
+    assert padded.grad.isfinite().all()
+    assert not padded.grad.masked_select(~mask.unsqueeze(1)).any()
+    assert torch.equal(layer.norm.running_mean, plain.running_mean)  # type: ignore[arg-type]

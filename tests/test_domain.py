@@ -594,3 +594,20 @@ def test_examples_of_the_page(code: str) -> None:
         assert layer.domains == ("source", "target", "clinic")
         assert [layer.of(name).num_batches_tracked.item() for name in layer.domains] == [3, 3, 3]
         assert (layer.of("target").running_var > layer.of("source").running_var).all()
+
+
+def test_masks_reach_the_layer_of_each_domain() -> None:
+    layer = DomainBatchNorm(3, ("a", "b"), dtype=torch.float64)
+    alone = {name: copy.deepcopy(layer.of(name)) for name in layer.domains}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(6, 5, generator=generator) < 0.7
+    names = ["a", "b", "b", "a", "b", "a"]
+    with kernels.using("reference"):
+        y = layer(x, mask=mask, domain=names)
+        for name, own in alone.items():
+            rows = torch.tensor([row for row, other in enumerate(names) if other == name])
+            torch.testing.assert_close(y[rows], own(x[rows], mask=mask[rows]))
+            assert torch.equal(layer.of(name).running_var, own.running_var)
+        with pytest.raises(RuntimeError, match=r"mask should have size \(6, 5\)"):
+            layer(x, mask=mask.T, domain=names)
