@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import plans
 
 SLOW = "BATCHNORM_SLOW"
 
@@ -49,8 +49,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def streaming(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor counts as larger than the cache, so that output is written around it wherever its shape allows."""
-    monkeypatch.setattr(cpu, "_beyond_cache", lambda: 0)
-    caches = cpu.plan, cpu.given_plan, cpu.sets_plan, cpu._planned
+    monkeypatch.setattr(plans, "_beyond_cache", lambda: 0)
+    caches = plans.plan, plans.given_plan, plans.sets_plan, plans.planned
     for cached in caches:
         cached.cache_clear()
     yield

@@ -15,7 +15,7 @@ import batchnorm
 from batchnorm import kernels
 from batchnorm.activations import Activation, activation_of, applied, module_of
 from batchnorm.functional import batch_norm
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, plans
 from expected import laid
 
 NAMES = ["relu", "leaky_relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "elu"]
@@ -113,7 +113,7 @@ def compare(
 ) -> None:
     shape, layout = view
     t, activation = given(shape, layout, dtype, residual), activation_of(name)
-    planned = cpu.laid_out(t.x)[1]
+    planned = plans.laid_out(t.x)[1]
     assert (planned.kind, planned.fused) == VIEWS[view]
     found = ours(t, training, activation, inplace)
     assert kernels.ran() == ("cpu", "cpu")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batchnorm import Accumulated, Ghost, kernels
 from batchnorm.functional import batch_norm
-from batchnorm.kernels import cpu
+from batchnorm.kernels import plans
 from expected import OURS, Result, assert_right, in_float64, laid, step
 
 BF16 = torch.bfloat16
@@ -53,7 +53,7 @@ def compare(view: Any, dtype: torch.dtype = torch.float32, **options: Any) -> No
     shape, layout, size = view
     layer = made(shape[1], len(shape), size, dtype=dtype, **options)
     x, grad = (laid(shape, seed, dtype, layout) for seed in range(2))
-    plan = cpu.laid_out_sets(x, size, False)[1]
+    plan = plans.laid_out_sets(x, size, False)[1]
     assert view not in VIEWS or (plan.kind, plan.fused) == VIEWS[view]
     right = in_parts(layer, x, grad, size)
     found = step(layer, x, grad)
@@ -98,7 +98,7 @@ def test_layouts(layout: str) -> None:
 @pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("view", [((5, 9, 8, 8), "contiguous", 2), ((5, 32, 5, 5), "channels_last", 2)], ids=str)
 def test_output_written_around_the_caches(view: Any) -> None:
-    assert cpu.laid_out_sets(laid(view[0], 0, torch.float32, view[1]), 2, False)[1].streams
+    assert plans.laid_out_sets(laid(view[0], 0, torch.float32, view[1]), 2, False)[1].streams
     compare(view)
 
 
@@ -203,7 +203,7 @@ def test_the_number_of_threads_changes_no_bit(view: Any, threads: Callable[[int]
     shape, layout, size = view
     shape = (shape[0], 40 * shape[1], *shape[2:]) if len(shape) == 4 and shape[2] < 10 else shape  # else one suffices
     x, grad = (laid(shape, seed, torch.float32, layout) for seed in range(2))
-    assert cpu.laid_out_sets(x, size, False)[1].worth_threads > 1 or len(shape) == 2
+    assert plans.laid_out_sets(x, size, False)[1].worth_threads > 1 or len(shape) == 2
     results = []
     for number in (1, 2):
         threads(number)

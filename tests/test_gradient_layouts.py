@@ -113,9 +113,9 @@ def test_a_global_mean_and_a_sum_send_expanded_gradients_through_the_loops() -> 
 
 MISALIGNED = """
 import torch, batchnorm
-from batchnorm.kernels import cpu
-cpu._beyond_cache = lambda: 0
-cpu.plan.cache_clear()
+from batchnorm.kernels import cpu, plans
+plans._beyond_cache = lambda: 0
+plans.plan.cache_clear()
 for shape in ((7, 2, 6, 6), (7, 3, 6, 8), (11, 12, 2, 2), (5, 8, 3, 3), (3, 4, 50), (3, 8, 7, 7), (3, 8, 9)):
     turned = torch.randn(shape).movedim(0, -1).contiguous().movedim(-1, 0)
     for grad in (torch.ones(()).expand(shape), torch.randn(*shape[:-1], 1).expand(shape), turned):

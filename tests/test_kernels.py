@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batchnorm import kernels
-from batchnorm.kernels import cpu
+from batchnorm.kernels import plans
 from expected import OURS, Result, assert_right, every_other, in_float64, laid, step
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -105,8 +105,8 @@ def compare_steps(
         assert kernels.ran().forward == kernel
 
 
-def assert_planned(case: Case, dtype: torch.dtype) -> cpu.Plan:
-    planned = cpu.laid_out(laid(case.shape, 0, dtype, case.layout))[1]
+def assert_planned(case: Case, dtype: torch.dtype) -> plans.Plan:
+    planned = plans.laid_out(laid(case.shape, 0, dtype, case.layout))[1]
     assert (planned.kind, planned.fused) == (case.kind, case.fused)
     return planned
 
@@ -154,7 +154,7 @@ def test_an_output_off_the_vectors_alignment_is_right(streaming: None, monkeypat
     def shifted(x: torch.Tensor) -> torch.Tensor:
         return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
 
-    assert cpu.laid_out(laid(shape, 0, torch.float32))[1].streams
+    assert plans.laid_out(laid(shape, 0, torch.float32))[1].streams
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options) if options else shifted(x))
     compare_steps(shape, "contiguous", torch.float32, True, "cpu")
 

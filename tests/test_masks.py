@@ -17,7 +17,7 @@ import batchnorm
 from batchnorm import Ghost, Moments, Renorm, kernels, mask_from_lengths
 from batchnorm.activations import applied
 from batchnorm.functional import batch_norm
-from batchnorm.kernels import cpu
+from batchnorm.kernels import plans
 from expected import OURS, Result, assert_right, in_float64, laid, step
 
 BF16 = torch.bfloat16
@@ -95,7 +95,7 @@ def compare(view: Any, dtype: torch.dtype = torch.float32, size: int | None = No
     mask = some(shape)
     x, grad = (laid(shape, seed, dtype, layout) for seed in range(2))
     if view in VIEWS:
-        plan = cpu.laid_out_sets(x, size or shape[0], True)[1]
+        plan = plans.laid_out_sets(x, size or shape[0], True)[1]
         assert (plan.kind, plan.fused) == VIEWS[view]
     right = step(gathered(layer, mask, size), x.double(), grad.double())
     found = step(masked(layer, mask), poisoned(x, mask), poisoned(grad, mask, INF))

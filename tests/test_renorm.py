@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 from batchnorm import Renorm, Sync, Warmup, kernels
 from batchnorm.functional import batch_norm
-from batchnorm.kernels import cpu
+from batchnorm.kernels import plans
 from expected import OURS, Result, assert_right, laid, step
 
 AT_ONCE = Renorm(r_max=1.3, d_max=0.4, schedule=None)
@@ -82,7 +82,7 @@ def compare(view: Any, dtype: torch.dtype, **options: Any) -> None:
     layer = made(shape[1], len(shape), AT_ONCE, dtype=dtype, **options)
     paper = Paper(layer)
     x, grad = (laid(shape, seed, dtype, layout) for seed in range(2))
-    plan = cpu.laid_out_sets(x, shape[0], False)[1]
+    plan = plans.laid_out_sets(x, shape[0], False)[1]
     assert (plan.kind, plan.fused) == VIEWS[view]
     right = paper.step(x, grad, (1.3, 0.4), 1)
     assert paper.clipped > 0

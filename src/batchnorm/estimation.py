@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm.activations import applied
 from batchnorm.arguments import Call
 from batchnorm.distributed import Group
-from batchnorm.kernels import cpu, operators, reference
+from batchnorm.kernels import cpu, operators, plans, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
@@ -46,7 +46,7 @@ def common_case(
     N, C = x.shape[:2]
     size = N if kinds.ghost is None else min(kinds.ghost.size, N)
     values = x.numel() // (N * C)
-    plan = cpu.sets_plan(x.shape, x.stride(), x.dtype, size, mask is not None)
+    plan = plans.sets_plan(x.shape, x.stride(), x.dtype, size, mask is not None)
     if kinds.others or plan is None or (mask is None and (N % size or size) * values == 1):
         return None
     weights = counts = None
@@ -163,7 +163,7 @@ def _group(sync: Sync, x: Tensor) -> Group:
 
 
 def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) -> tuple[Tensor, Moments]:
-    x, plan = cpu.laid_out_sets(call.x, size, weights is not None)
+    x, plan = plans.laid_out_sets(call.x, size, weights is not None)
     sets = cpu.sets_of(plan, size, *_summed(weights, size), _limits(call))
     ready = [None if t is None else t.to(plan.statistics).contiguous() for t in call[1:5]]
     mean, var, weight, bias = ready
@@ -189,12 +189,12 @@ def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tupl
     """With the moments of all processes, of which this one's tensor may be empty."""
     N, C = call.x.shape[:2]
     if call.x.numel() > 0:
-        x, plan = cpu.laid_out(call.x, given=True)
+        x, plan = plans.laid_out(call.x, given=True)
         sets = cpu.Sets(N, *_summed(weights, N))
         values = float(N * math.prod(x.shape[2:])) if sets.counts is None else float(sets.counts)
     else:
         x, values, sets = call.x, 0.0, cpu.Sets(1)
-        _, plan = cpu.laid_out(x.new_zeros((1, C)), given=True)
+        _, plan = plans.laid_out(x.new_zeros((1, C)), given=True)
     sets = sets._replace(moments=torch.zeros(1, 2, C, dtype=torch.float64), limits=_limits(call))
     everybodys = []
 

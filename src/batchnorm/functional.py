@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm import estimation
 from batchnorm.activations import Activation, activation_of, applied
 from batchnorm.arguments import NARROW, Call, check
-from batchnorm.kernels import cpu, operators, reference
+from batchnorm.kernels import cpu, operators, plans, reference
 from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
 from batchnorm.statistics import Batch, Policy
 
@@ -146,14 +146,14 @@ def _common_case(
     weight: Tensor | None,
     bias: Tensor | None,
     batches: Tensor | None,
-) -> cpu.Plan | None:
+) -> plans.Plan | None:
     """The loops' plan where nothing needs a closer look: what `_check` and `which` establish, in a tenth of the time.
 
     None says only that they must be asked.
     """
     if type(x) is not Tensor or not x.is_cpu or x.is_neg() or not unwatched():
         return None
-    plan = cpu.plan(x.shape, x.stride(), x.dtype)
+    plan = plans.plan(x.shape, x.stride(), x.dtype)
     if plan is None:
         return None
     size, dtype = plan.vector, plan.statistics
@@ -201,7 +201,7 @@ def _followed(y: Tensor, call: Call) -> Tensor:
 
 
 def _train_cpu(call: Call) -> Tensor:
-    x, plan = cpu.laid_out(call.x)
+    x, plan = plans.laid_out(call.x)
     weight, bias = _ready(call.weight, plan), _ready(call.bias, plan)
     running = None if call.batches is None else cpu.Running(None, None, call.batches, 0.0)
     moved: list[tuple[Tensor, Tensor]] = []
@@ -220,7 +220,7 @@ def _train_cpu(call: Call) -> Tensor:
     return y
 
 
-def _ready(t: Tensor | None, plan: cpu.Plan) -> Tensor | None:
+def _ready(t: Tensor | None, plan: plans.Plan) -> Tensor | None:
     return None if t is None else t.to(plan.statistics).contiguous()
 
 
@@ -338,7 +338,7 @@ def _evaluate_with(call: Call) -> Tensor:
     if kernel == "reference":
         return _followed(reference.inference(x, running_mean, running_var, weight, bias, call.eps), call)
     if kernel == "cpu":
-        x, plan = cpu.laid_out(x, given=True)
+        x, plan = plans.laid_out(x, given=True)
         given = torch.stack((running_mean.double(), running_var.double()))
         weight, bias = _ready(weight, plan), _ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)

@@ -1,13 +1,8 @@
-"""Batch normalization on the CPU: sees a tensor as the loops do, divides the work, allocates and launches.
-
-The division depends on the tensor's shape alone, so that results are the same for any number of threads.
-"""
+"""Batch normalization on the CPU: allocates, tells the loops what is where, and launches them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,56 +10,8 @@ from torch import Tensor
 
 from batchnorm.activations import Activation
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import PLAIN, WEIGHTED, Form
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
-_SMALL_SPACE = 32  # runs shorter than this are seen as columns
-_COLUMNS = 512  # the loops' limit of columns in a block
-_GROUP = 16  # the loops' limit of channels in a group
-_LONG = 16384  # neighbours in one part of a long run
-_PER_THREAD = 32 * 1024  # bytes that are worth waking a thread for
-
-
-class Plan(NamedTuple):
-    """How a tensor is seen (batch × channels × space, as "planes", "small" or "rows") and how the work is cut.
-
-    Fused work keeps a block of channels or columns in cache between its two passes. Other work is cut into `parts` of
-    `block` neighbours (planes) or rows, and one pass ends before the next begins.
-    """
-
-    kind: str
-    batch: int
-    channels: int
-    space: int
-    fused: bool
-    parts: int
-    block: int
-    worth_threads: int
-    streams: bool  # the output is large and regular enough to be written around the caches
-    dtype: torch.dtype
-    statistics: torch.dtype  # of weight, bias, running statistics and their gradients
-    vector: torch.Size  # theirs
-    moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
-    gradient: Tensor
-    strides: tuple[int, int, int]  # over batch, channels and space
-    share: float  # of one value in its channel: 1 / (batch · space)
-    row_bits: int  # of a run's or row's mask
-    sizes: tuple[int, int, int, int, int, int, int]  # as the loops' slots BITS_ROW to BLOCK want them
-    layout: tuple[torch.Size, tuple[int, ...]]  # shape and strides of the tensor
-    forward: launch.Kernel  # with nothing fused
-    backward: launch.Kernel
-
-    def threads(self) -> int:
-        return 1 if self.worth_threads == 1 else min(torch.get_num_threads(), self.worth_threads)
-
-    def kernel(self, direction: str, form: Form) -> launch.Kernel:
-        return _kernel(self.kind, self.fused, direction, self.dtype, form)
-
-    def bits(self) -> Tensor:
-        """Memory for a mask of the tensor, not filled."""
-        lines = self.batch * {"planes": self.channels, "rows": self.space, "small": 1}[self.kind]
-        return torch.empty(lines * self.row_bits // 8, dtype=torch.uint8, device="cpu")
+from batchnorm.kernels.form import WEIGHTED, Form
+from batchnorm.kernels.plans import PER_THREAD, Plan, planned, split_or_fused
 
 
 class Running(NamedTuple):
@@ -123,170 +70,6 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     residual: Tensor | None = None
-
-
-def laid_out_sets(x: Tensor, size: int, weighted: bool) -> tuple[Tensor, Plan]:
-    """`laid_out` for moments over sets or over weighted positions."""
-    found = sets_plan(x.shape, x.stride(), x.dtype, size, weighted)
-    if found is None:
-        x = x.contiguous()
-        found = sets_plan(x.shape, x.stride(), x.dtype, size, weighted)
-        assert found is not None, "contiguous tensors can always be read"
-    return x, found
-
-
-def laid_out(x: Tensor, given: bool = False) -> tuple[Tensor, Plan]:
-    """x itself where the loops can read it, else a copy that they can (autograd sees it made); and the plan for it."""
-    planned = given_plan if given else plan
-    found = planned(x.shape, x.stride(), x.dtype)
-    if found is None:
-        x = x.contiguous()
-        found = planned(x.shape, x.stride(), x.dtype)
-        assert found is not None, "contiguous tensors can always be read"
-    return x, found
-
-
-# --- planning ---
-
-
-@lru_cache(maxsize=4096)
-def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
-    """How to serve tensors of that shape, layout and dtype; None where the loops cannot or where no variance exists."""
-    if dtype not in DTYPES or not 2 <= len(shape) <= 5 or shape.numel() <= shape[1]:
-        return None
-    seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
-    return None if seen is None else _planned((shape, strides), dtype, seen, *_divide(*seen, dtype.itemsize))
-
-
-@lru_cache(maxsize=4096)
-def given_plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
-    """The same with given moments: no channel needs to stay in cache, and runs go in memory order."""
-    seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
-    if seen is None:
-        return None
-    kind, batch, channels, space = seen
-    if kind == "rows":
-        return _planned((shape, strides), dtype, seen, False, *_cut_rows(batch * space, channels, dtype.itemsize))
-    return _planned((shape, strides), dtype, ("planes", batch, channels, space), False, *_cut_planes(space))
-
-
-@lru_cache(maxsize=4096)
-def sets_plan(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, size: int, weighted: bool
-) -> Plan | None:
-    """The same for moments over sets of `size` samples, or over weighted positions: samples must stay apart."""
-    seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), apart=True)
-    if seen is None:
-        return None
-    kind, batch, channels, space = seen
-    if weighted and kind == "small":  # whose columns would need a weight each
-        kind = "planes"
-    cut = _divide(kind, size, channels, space, dtype.itemsize)
-    return _planned((shape, strides), dtype, (kind, batch, channels, space), *cut)
-
-
-@lru_cache(maxsize=4096)
-def _planned(
-    layout: tuple[torch.Size, tuple[int, ...]],
-    dtype: torch.dtype,
-    seen: tuple[str, int, int, int],
-    fused: bool,
-    parts: int,
-    block: int,
-) -> Plan:
-    kind, batch, channels, space = seen
-    size = batch * channels * space * dtype.itemsize
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    columns = channels if kind == "rows" else channels * space
-    if fused:
-        units = -(-(channels if kind == "planes" else columns) // block)
-    else:
-        units = parts * (channels if kind == "planes" else 1)
-    run = {"rows": channels, "planes": space, "small": channels * space if block % 16 == 0 else 1}[kind]
-    strides = (channels * space, 1, channels) if kind == "rows" else (channels * space, space, 1)
-    if kind == "planes":
-        row_bits = _whole_bytes(space)
-    elif fused:
-        row_bits = units * _whole_bytes(min(block, columns))
-    else:
-        row_bits = _whole_bytes(columns)
-    return Plan(
-        kind, batch, channels, space, fused, parts, block,
-        worth_threads=min(1 + size // _PER_THREAD, units),
-        streams=size >= _beyond_cache() and run % 16 == 0,
-        dtype=dtype,
-        statistics=statistics,
-        vector=torch.Size([channels]),
-        moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
-        gradient=torch.empty(channels, dtype=statistics, device="cpu"),
-        strides=strides,
-        share=1.0 / (batch * space),
-        row_bits=row_bits,
-        sizes=(row_bits, batch, channels, space, strides[1], parts, block),
-        layout=layout,
-        forward=_kernel(kind, fused, "forward", dtype, PLAIN),
-        backward=_kernel(kind, fused, "backward", dtype, PLAIN),
-    )  # fmt: skip
-
-
-def _kernel(kind: str, fused: bool, direction: str, dtype: torch.dtype, form: Form) -> launch.Kernel:
-    return launch.kernel(f"{kind}_{'' if fused else 'split_'}{direction}", dtype, form)
-
-
-def _whole_bytes(bits: int) -> int:
-    return -(-bits // 8) * 8
-
-
-def _view(x: Tensor, apart: bool = False) -> tuple[str, int, int, int] | None:
-    batch, channels = x.shape[0], x.shape[1]
-    space = x.numel() // (batch * channels)
-    if x.is_contiguous():
-        if space == 1:
-            return "rows", batch, channels, 1
-        if channels == 1 and not apart:  # every value is the channel's: one long run
-            return "planes", 1, 1, batch * space
-        return "small" if space < _SMALL_SPACE else "planes", batch, channels, space
-    if x.stride(1) == 1 and x.movedim(1, -1).is_contiguous():
-        return "rows", batch, channels, space
-    return None
-
-
-def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> tuple[bool, int, int]:
-    """(fused, parts, block)."""
-    if kind == "planes":
-        if channels >= 8 or batch * channels * space * itemsize <= _SLAB:
-            fits = _SLAB // (batch * space * itemsize)
-            return True, 0, max(1, min(_GROUP, fits, channels // 16))
-        return False, *_cut_planes(space)
-    if kind == "small":
-        return True, 0, _COLUMNS // space * space
-    rows = batch * space
-    if rows * min(_COLUMNS, channels) * itemsize <= _SLAB:
-        return True, 0, _COLUMNS
-    return False, *_cut_rows(rows, channels, itemsize)
-
-
-def _cut_planes(space: int) -> tuple[int, int]:
-    """(parts, block)."""
-    return -(-space // _LONG), _LONG
-
-
-def _cut_rows(rows: int, channels: int, itemsize: int) -> tuple[int, int]:
-    """(parts, block)."""
-    parts = max(4, min(32, rows * itemsize // 256))  # their sums, 16 bytes a channel and part, stay a small share
-    block = max(_SLAB // (channels * itemsize), -(-rows // parts), 8)
-    block = -(-block // 8) * 8
-    return -(-rows // block), block
-
-
-@cache
-def _beyond_cache() -> int:
-    """Bytes of a tensor from which on its output is written around the caches: half of the last level."""
-    try:
-        last_level = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        last_level = 0
-    return (last_level if last_level > 0 else 32 * 2**20) // 2
 
 
 # --- launching ---
@@ -353,7 +136,7 @@ def moments_of(x: Tensor, plan: Plan, sets: Sets) -> None:
         coefficients, partials, 0, 0, 0, 0, 0, *plan.sizes, 0, 0, 0, False, 1.0, 0.0, plan.share, 0.0,
     )  # fmt: skip
     packed = sets._replace(limits=None).packed(plan)
-    _kernel(plan.kind, False, "forward", plan.dtype, form)(slots, plan.threads(), 3, packed, _REDUCE)
+    split_or_fused(plan.kind, False, "forward", plan.dtype, form)(slots, plan.threads(), 3, packed, _REDUCE)
     del memory
 
 
@@ -391,7 +174,7 @@ def backward_of_merged(
     memory, partials, coefficients = _between_passes(plan, 5)
     memory.zero_()  # where no position counts, the loops take no sums
     form, residual, bits, parameter = _form(fused, sets)
-    kernel = _kernel(plan.kind, False, "backward", plan.dtype, form)
+    kernel = split_or_fused(plan.kind, False, "backward", plan.dtype, form)
 
     def launch_stages(stages: int, share: float, counts: Tensor | None) -> None:
         out = dx.data_ptr(), _address(dz)
@@ -434,7 +217,7 @@ def evaluate(
         coefficients, 0, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
         plan.streams and out % 64 == 0, eps, 0.0, 0.0, parameter,
     )  # fmt: skip
-    threads = min(torch.get_num_threads(), 1 + x.numel() * x.element_size() // _PER_THREAD)
+    threads = min(torch.get_num_threads(), 1 + x.numel() * x.element_size() // PER_THREAD)
     packed = launch.ONE_SET if sets is None else sets.packed(plan)
     launch.kernel(f"{plan.kind}_evaluate", plan.dtype, form)(slots, threads, 2, packed)
     del memory
@@ -464,7 +247,7 @@ def backward(
         residual_wanted: give the gradient of a residual that an activation followed, too.
         given: ``plan`` is a ``given_plan``.
     """
-    planned = plan
+    given_plan = plan
     if x is None:
         x = torch.empty_strided(*plan.layout, dtype=plan.dtype, device="cpu")
     if dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
@@ -473,7 +256,7 @@ def backward(
             if fused is not None and fused.bits is not None:  # which are laid out as this plan has it
                 dy, strides = torch.empty_like(x).copy_(dy), plan.strides
             else:
-                plan = _planned(plan.layout, plan.dtype, ("planes", *plan[1:4]), True, 0, 1)
+                plan = planned(plan.layout, plan.dtype, ("planes", *plan[1:4]), True, 0, 1)
     else:
         strides = plan.strides
     dx = torch.empty_like(x) if wanted[0] or residual_wanted else None
@@ -496,7 +279,7 @@ def backward(
     )  # fmt: skip
     packed = launch.ONE_SET
     if sets is not None:
-        packed = sets.slots if plan is planned else sets.packed(plan)
+        packed = sets.slots if plan is given_plan else sets.packed(plan)
     kernel(slots, plan.threads(), 1 if plan.fused else 4, packed)
     del memory
     return Gradients(dx if wanted[0] else None, grad_weight, grad_bias, grad_residual)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import PIECEWISE
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, plans
 from batchnorm.kernels.choice import record
 from batchnorm.kernels.operators import Extras
 
@@ -33,7 +33,7 @@ class Merging(NamedTuple):
 
 def merged_cpu(
     x: Tensor,
-    plan: cpu.Plan,
+    plan: plans.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -54,7 +54,7 @@ class _Merged(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        plan: cpu.Plan,
+        plan: plans.Plan,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import PIECEWISE, Activation, applied
-from batchnorm.kernels import cpu, reference
+from batchnorm.kernels import cpu, plans, reference
 from batchnorm.kernels.choice import record
 
 
@@ -29,7 +29,7 @@ class Extras(NamedTuple):
 
 def train_cpu(
     x: Tensor,
-    plan: cpu.Plan,
+    plan: plans.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     running: cpu.Running | None,
@@ -56,7 +56,7 @@ class _Train(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        plan: cpu.Plan,
+        plan: plans.Plan,
         weight: Tensor | None,
         bias: Tensor | None,
         running: cpu.Running | None,
@@ -91,7 +91,7 @@ _train_apply = super(torch.autograd.Function, _Train).apply
 
 def fused_cpu(
     x: Tensor,
-    plan: cpu.Plan,
+    plan: plans.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     running: cpu.Running | None,
@@ -115,7 +115,7 @@ def fused_cpu(
 
 def _forward(
     x: Tensor,
-    plan: cpu.Plan,
+    plan: plans.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     running: cpu.Running | None,
@@ -141,7 +141,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        plan: cpu.Plan,
+        plan: plans.Plan,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
@@ -234,7 +234,7 @@ def _reference(
 def _slopes(
     like: Tensor,
     x: Tensor | None,
-    plan: cpu.Plan,
+    plan: plans.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     moments: Tensor,
@@ -288,7 +288,7 @@ def _train(
     activation: str | None,
     parameter: float,
 ) -> tuple[Tensor, Tensor]:
-    read, plan = cpu.laid_out(x)
+    read, plan = plans.laid_out(x)
     fused = _fused(activation, parameter, residual, read)
     y, moments = cpu.forward(read, plan, _ready(weight, plan), _ready(bias, plan), None, eps, fused)
     record.forward = "cpu"
@@ -309,7 +309,7 @@ def _train_backward(
     moments: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    read, plan = cpu.laid_out(x)
+    read, plan = plans.laid_out(x)
     want_x, want_weight, want_bias, want_residual = wanted
     found = cpu.backward(
         dy,
@@ -333,7 +333,7 @@ def _train_backward(
     return tuple(x.new_empty(0) if t is None else t for t in (dx, *parameters, grad_residual))  # type: ignore[return-value]
 
 
-def _ready(t: Tensor | None, plan: cpu.Plan) -> Tensor | None:
+def _ready(t: Tensor | None, plan: plans.Plan) -> Tensor | None:
     return None if t is None else t.to(plan.statistics).contiguous()
 
 
