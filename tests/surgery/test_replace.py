@@ -238,18 +238,13 @@ def test_dtypes_stay(dtype: torch.dtype) -> None:
         assert all(p.dtype == dtype for p in made.parameters())
 
 
-class Policy:
-    def __repr__(self) -> str:
-        return "Policy(16)"
-
-
 def test_a_policy_makes_layers_ours() -> None:
-    policy = Policy()
+    policy = batchnorm.Ghost(16)
     model = nn.Sequential(nn.BatchNorm2d(2), batchnorm.BatchNorm2d(2), nn.LazyBatchNorm2d(), nn.SyncBatchNorm(2))
     result = batchnorm.replace(model, policy)
     assert [type(m) for m in model[:3]] == [batchnorm.BatchNorm2d] * 2 + [batchnorm.LazyBatchNorm2d]
-    assert all(m.statistics is policy for m in model[:3])
-    assert result.replaced["0"] == "BatchNorm2d with Policy(16)"
+    assert all(m.statistics == policy for m in model[:3])
+    assert result.replaced["0"] == "BatchNorm2d with Ghost(size=16)"
     assert result.skipped == {"3": "SyncBatchNorm: its statistics are over all processes"}
 
 

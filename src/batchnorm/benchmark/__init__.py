@@ -63,7 +63,7 @@ def measure(plan: grid.Plan, console: Console) -> Report:
         for regime in grid.REGIMES:
             jobs = [j for j in plan.jobs if j.regime == regime and (j.cell in passed)]
             timings += processes.time_jobs(regime, jobs, passed, plan.seconds, advance)
-        timings += processes.time_sync()
+        timings += processes.time_sync([cell for cell in plan.together if cell in passed])
     return Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         quick=plan.quick,
@@ -80,7 +80,7 @@ def measure(plan: grid.Plan, console: Console) -> Report:
 
 
 def _checks(plan: grid.Plan, advance: report.Advance) -> list[Check]:
-    cells = list(dict.fromkeys(job.cell for job in plan.jobs))
+    cells = list(dict.fromkeys((*(job.cell for job in plan.jobs), *plan.together)))
     found = []
     for done, cell in enumerate(cells):
         advance("checking", done, len(cells))

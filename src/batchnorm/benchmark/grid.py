@@ -95,6 +95,7 @@ class Plan:
         seconds: for how long each operation of a cell is repeated.
         quick: whether it is too short to judge by.
         first_call: whether a process's first call is timed.
+        together: cells that two processes take together, each its own.
     """
 
     jobs: tuple[Job, ...]
@@ -102,11 +103,12 @@ class Plan:
     seconds: float
     quick: bool
     first_call: bool
+    together: tuple[Cell, ...] = ()
 
     @property
     def timings(self) -> int:
         """How many figures it gives."""
-        return sum(len(job.operations) for job in self.jobs)
+        return sum(len(job.operations) for job in self.jobs) + len(self.together)
 
 
 def cells(shapes: tuple[tuple[int, ...], ...], fused: Fused = "bn") -> list[Cell]:

@@ -41,6 +41,7 @@ _FRESH = ((32, 64, 56, 56), (8, 256, 14, 14), (32, 512, 28, 28))
 _CHAINS = ((8, 64, 56, 56), (32, 256, 14, 14))
 _MODELS = {"ResNet-18": (16, 16), "ResNet-50": (16, 8), "DenseNet-121": (16, 8), "MobileNetV2": (16, 16)}
 _SIDES = (64, 128)
+_TOGETHER = ((16, 64, 56, 56), (16, 256, 14, 14), (16, 512, 7, 7), (64, 256))
 _BOTH: tuple[Operation, ...] = ("forward+backward", "evaluation")
 
 
@@ -62,7 +63,8 @@ def full(seconds: float = 0.15) -> Plan:
     if threads() > 1:
         jobs += [Job(cell, 1, "warm") for cell in cells(_FEW)]
     peaks = [cell for fused in get_args(Fused) for cell in _plain(PEAKS, fused)]
-    return Plan(tuple(jobs), tuple(peaks), seconds, quick=False, first_call=True)
+    together = tuple(Cell(shape, kind="policy") for shape in _TOGETHER)
+    return Plan(tuple(jobs), tuple(peaks), seconds, quick=False, first_call=True, together=together)
 
 
 def quick(seconds: float = 0.02) -> Plan:
@@ -78,7 +80,8 @@ def quick(seconds: float = 0.02) -> Plan:
         Job(_model("ResNet-18", 2, 64), threads(), "warm", MODEL_OPERATIONS),
         Job(_policies(Cell(small)), threads(), "warm", CHAIN_OPERATIONS),
     ]
-    return Plan(tuple(jobs), (Cell(small), *fused), seconds, quick=True, first_call=False)
+    together = (Cell((4, 64, 14, 14), kind="policy"),)
+    return Plan(tuple(jobs), (Cell(small), *fused), seconds, quick=True, first_call=False, together=together)
 
 
 def _with_more() -> tuple[Fused, ...]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm import kernels, layers
-from batchnorm.benchmark import peers
+from batchnorm.benchmark import peers, results
 from batchnorm.benchmark.grid import Cell
 from batchnorm.benchmark.peers import OURS, TORCH, Inputs
 from batchnorm.benchmark.results import Check, Timing
@@ -113,8 +113,6 @@ def _step(layer: nn.Module, given: Inputs, mask: Tensor | None = None) -> Call:
 
 # --- two processes ---
 
-SHAPES = ((16, 64, 56, 56), (16, 256, 14, 14), (16, 512, 7, 7), (64, 256))
-
 
 def time_sync(cell: Cell) -> Timing:
     """Time a layer alone and with ``Sync``; every process calls it, and all take the same number of steps."""
@@ -131,12 +129,12 @@ def time_sync(cell: Cell) -> Timing:
     )  # fmt: skip
 
 
-def main(out: Callable[[str], object]) -> None:
-    """Time every shape, and let the first process tell."""
+def main(cells: list[Cell], out: Callable[[str], object]) -> None:
+    """Time every cell, and let the first process tell."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-    for shape in SHAPES:
-        timing = time_sync(Cell(shape, kind="policy"))
+    for cell in cells:
+        timing = time_sync(cell)
         if dist.get_rank() == 0:
             out(json.dumps(asdict(timing)) + "\n")
     dist.destroy_process_group()
@@ -144,4 +142,4 @@ def main(out: Callable[[str], object]) -> None:
 
 if __name__ == "__main__":
     with open(sys.argv[1], "a", encoding="utf-8") as file:
-        main(file.write)
+        main([results.cell(entry) for entry in json.loads(sys.argv[2])], file.write)
