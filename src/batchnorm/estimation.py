@@ -133,8 +133,8 @@ def positions(mask: Tensor, x: Tensor) -> Tensor:
     """The weights of positions, ``(N, space)``, as the moments of x want them."""
     shape = x.shape[:1] + x.shape[2:]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights: Tensor = mask.detach().to(dtype).expand(shape).reshape(x.shape[0], math.prod(x.shape[2:])).contiguous()
-    return weights
+    weights: Tensor = mask.detach().to(dtype, copy=True).expand(shape).reshape(x.shape[0], math.prod(x.shape[2:]))
+    return weights.contiguous()
 
 
 def _kernel(call: Call, together: bool) -> str:

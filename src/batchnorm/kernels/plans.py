@@ -118,8 +118,10 @@ def sets_plan(
     kind, batch, channels, space = seen
     if weighted and kind == "small":  # whose columns would need a weight each
         kind = "planes"
-    cut = _divide(kind, size, channels, space, dtype.itemsize)
-    return planned((shape, strides), dtype, (kind, batch, channels, space), *cut)
+    fused, parts, block = _divide(kind, size, channels, space, dtype.itemsize)
+    if kind == "rows" and fused and size < batch:  # one set after the other: each must have blocks for all threads
+        block = min(block, -(-channels // 64) * 16)
+    return planned((shape, strides), dtype, (kind, batch, channels, space), fused, parts, block)
 
 
 @lru_cache(maxsize=4096)
