@@ -68,8 +68,7 @@ _HOME = {
     "unfreeze": "batchnorm.surgery.freeze",
     "split_domains": "batchnorm.surgery.domains",
 }
-_MODULES = ("functional", "kernels", "layers", "moments", "statistics")
-_MODULES = ("functional", "kernels", "layers", "moments", "recurrent")
+_MODULES = ("functional", "kernels", "layers", "moments", "recurrent", "statistics")
 
 __all__ = [*_HOME, *_MODULES]
 

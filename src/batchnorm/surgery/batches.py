@@ -1,0 +1,56 @@
+"""Batches of data as users have them, and how a model is called with one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Forward", "call", "moved", "samples"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Call a model with one batch.
+
+    Args:
+        model: any module.
+        batch: what the data gives. A tensor is the model's argument; of a tuple or list, as of inputs and targets,
+            the first element is; a dict holds keyword arguments, of which those that the model's forward does not
+            name are left out.
+        forward: what to do instead, ``forward(model, batch)``.
+    """
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**{name: value for name, value in batch.items() if name in _arguments(model, batch)})
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError("a batch is an empty tuple: the first element should be the model's input")
+        return model(batch[0])
+    return model(batch)
+
+
+def moved(batch: Any, model: nn.Module) -> Any:
+    """Bring the tensors of a batch to the device of the model, that of its first parameter or buffer."""
+    first = next(iter(model.parameters()), next(iter(model.buffers()), None))
+    if first is None or first.is_meta:
+        return batch
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map(lambda t: t.to(first.device) if isinstance(t, Tensor) else t, batch)
+
+
+def samples(batch: Any) -> int:
+    """How many samples a batch has: the first dimension of its first tensor that has one; 0 if there is none."""
+    return next((t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() > 0), 0)
+
+
+def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return set(batch)
+    return set(parameters)
