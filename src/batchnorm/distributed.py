@@ -54,8 +54,7 @@ class Group:
 
     def merged(self, own: Moments, dtype: torch.dtype) -> Moments:
         """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable."""
-        count = own.count.reshape(-1)[:1] if own.count.numel() else own.mean.new_zeros(1)
-        told = torch.cat((count, own.mean, own.biased_variance)).to(dtype)
+        told = torch.cat((own.count[:1], own.mean, own.biased_variance)).to(dtype)
         if self.size > 1:
             told = _Gather.apply(told, self)
         heard = told.double().view(self.size, -1)

@@ -165,17 +165,13 @@ def _group(sync: Sync, x: Tensor) -> Group:
 def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) -> tuple[Tensor, Moments]:
     x, plan = plans.laid_out_sets(call.x, size, weights is not None)
     sets = cpu.sets_of(plan, size, *_summed(weights, size), _limits(call))
-    ready = [None if t is None else t.to(plan.statistics).contiguous() for t in call[1:5]]
-    mean, var, weight, bias = ready
+    mean, var, weight, bias = (operators.ready(t, plan) for t in call[1:5])
     still = recomputing or part(call.statistics, Accumulated) is not None
     running = None
     if sets.limits is not None or not still:  # renormalization looks at running statistics that do not move, too
         factor = 0.0 if still else -1.0 if call.momentum is None else call.momentum
         running = cpu.Running(mean, var, None if still else call.batches, factor)
-    residual = call.residual
-    if residual is not None and residual.stride() != x.stride():
-        residual = torch.empty_like(x).copy_(residual)
-    extras = operators.Extras(call.activation, residual, call.inplace)
+    extras = operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
     y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, extras, sets=sets)
     if not still:
         for buffer, t in zip(call[1:3], (mean, var), strict=True):
@@ -202,19 +198,12 @@ def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tupl
         count = torch.full((C,), values, dtype=torch.float64)
         moments = group.merged(Moments(count, own[0], own[1] * values), plan.statistics)
         everybodys.append(moments)
-        found = [
-            moments.mean,
-            moments.biased_variance,
-            *(_correction(call, moments.mean, moments.biased_variance) or ()),
-        ]
-        return torch.stack(found), float(moments.count[0])
+        found = moments.mean, moments.biased_variance
+        return torch.stack((*found, *(_correction(call, *found) or ()))), float(moments.count[0])
 
-    weight, bias = (None if t is None else t.to(plan.statistics).contiguous() for t in call[3:5])
-    residual = call.residual
-    if residual is not None and residual.stride() != x.stride():
-        residual = torch.empty_like(x).copy_(residual)
+    weight, bias = (operators.ready(t, plan) for t in call[3:5])
     merging = Merging(merge_moments, lambda sums: group.summed(sums, plan.statistics))
-    extras = operators.Extras(call.activation, residual)
+    extras = operators.Extras(call.activation, operators.laid_like(call.residual, x))
     y = merged_cpu(x, plan, weight, bias, call.eps, extras, sets, merging)
     (moments,) = everybodys
     return y, Moments(moments.count[None], moments.mean[None], moments.m2[None])

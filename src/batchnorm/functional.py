@@ -104,11 +104,14 @@ def batch_norm(
                     )
                     if y is not None:
                         return y
-        elif mask is not None:
-            pass
-        elif alone:
+        elif mask is None and alone:
             return _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
-        elif input.numel() < EVALUATE_FUSED_FROM and asked_for.get() is None and _usual(activation, residual, input):
+        elif (
+            mask is None
+            and input.numel() < EVALUATE_FUSED_FROM
+            and asked_for.get() is None
+            and _usual(activation, residual, input)
+        ):
             y = _evaluate(input, running_mean, running_var, weight, bias, momentum, eps)
             return applied(activation, y if residual is None else y + residual)
     call = Call(
@@ -202,7 +205,7 @@ def _followed(y: Tensor, call: Call) -> Tensor:
 
 def _train_cpu(call: Call) -> Tensor:
     x, plan = plans.laid_out(call.x)
-    weight, bias = _ready(call.weight, plan), _ready(call.bias, plan)
+    weight, bias = operators.ready(call.weight, plan), operators.ready(call.bias, plan)
     running = None if call.batches is None else cpu.Running(None, None, call.batches, 0.0)
     moved: list[tuple[Tensor, Tensor]] = []
     if call.running_mean is not None and call.running_var is not None:
@@ -220,16 +223,9 @@ def _train_cpu(call: Call) -> Tensor:
     return y
 
 
-def _ready(t: Tensor | None, plan: plans.Plan) -> Tensor | None:
-    return None if t is None else t.to(plan.statistics).contiguous()
-
-
 def _extras(call: Call, x: Tensor) -> operators.Extras:
     """What goes along with x, laid out like it; a copy of the input, which it is then, can be overwritten as well."""
-    residual = call.residual
-    if residual is not None and residual.stride() != x.stride():
-        residual = torch.empty_like(x).copy_(residual)
-    return operators.Extras(call.activation, residual, call.inplace)
+    return operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
 
 
 def _train_aten(
@@ -340,7 +336,7 @@ def _evaluate_with(call: Call) -> Tensor:
     if kernel == "cpu":
         x, plan = plans.laid_out(x, given=True)
         given = torch.stack((running_mean.double(), running_var.double()))
-        weight, bias = _ready(weight, plan), _ready(bias, plan)
+        weight, bias = operators.ready(weight, plan), operators.ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
     if x.dtype not in NARROW and running_mean.dtype != x.dtype:
         running_mean, running_var = running_mean.to(x.dtype), running_var.to(x.dtype)

@@ -1,13 +1,12 @@
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from interruption import interrupted
 
 from batchnorm import cli
 from batchnorm.cli import main
@@ -69,26 +68,9 @@ def test_help_needs_neither_torch_nor_the_tools_but_click() -> None:
     assert not {"torch", "numba", "rich", "matplotlib", "sklearn", "joblib", "jinja2"} & set(loaded)
 
 
-def started(group: int) -> list[str]:
-    """The processes of a group."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,pid="], capture_output=True, text=True, check=True).stdout
-    return [pid for found, pid in map(str.split, listed.splitlines()) if found == str(group)]
-
-
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
 def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "batchnorm.cli", "compare", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (tmp_path / "out").exists():
-        time.sleep(0.05)
-    deadline = time.monotonic() + 60
-    while len(started(process.pid)) < 3 and time.monotonic() < deadline:  # a worker that starts has no manners yet
-        time.sleep(0.05)
-    time.sleep(4)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, errors = interrupted("compare", tmp_path / "out")
+    assert code == 130
     assert errors == "batchnorm: stopped\n"
     assert list((tmp_path / "out").iterdir()) == []

@@ -2,10 +2,6 @@ import json
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from interruption import interrupted
 from torch import nn
 
 from batchnorm.cli import main
@@ -293,15 +290,7 @@ def test_a_guide_without_the_headings_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
 def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "batchnorm.cli", "choose", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (tmp_path / "out").exists():
-        time.sleep(0.05)
-    time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, errors = interrupted("choose", tmp_path / "out")
+    assert code == 130
     assert errors == "batchnorm: stopped\n"
     assert list((tmp_path / "out").iterdir()) == []

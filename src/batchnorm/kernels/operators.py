@@ -27,6 +27,18 @@ class Extras(NamedTuple):
     inplace: bool = False
 
 
+def ready(t: Tensor | None, plan: plans.Plan) -> Tensor | None:
+    """A weight, a bias or running statistics as the loops want them."""
+    return None if t is None else t.to(plan.statistics).contiguous()
+
+
+def laid_like(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """A residual as the loops want it: with the strides of x."""
+    if residual is None or residual.stride() == x.stride():
+        return residual
+    return torch.empty_like(x).copy_(residual)
+
+
 def train_cpu(
     x: Tensor,
     plan: plans.Plan,
@@ -273,9 +285,7 @@ torch.library.define(
 def _fused(activation: str | None, parameter: float, residual: Tensor | None, x: Tensor) -> cpu.Fused | None:
     if activation is None and residual is None:
         return None
-    if residual is not None and residual.stride() != x.stride():
-        residual = torch.empty_like(x).copy_(residual)
-    return cpu.Fused(None if activation is None else Activation(activation, parameter), residual)
+    return cpu.Fused(None if activation is None else Activation(activation, parameter), laid_like(residual, x))
 
 
 @torch.library.impl("batchnorm::train", "CPU")
@@ -290,7 +300,7 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     read, plan = plans.laid_out(x)
     fused = _fused(activation, parameter, residual, read)
-    y, moments = cpu.forward(read, plan, _ready(weight, plan), _ready(bias, plan), None, eps, fused)
+    y, moments = cpu.forward(read, plan, ready(weight, plan), ready(bias, plan), None, eps, fused)
     record.forward = "cpu"
     promised = torch.empty_like(x)
     return (y if y.stride() == promised.stride() else promised.copy_(y)), moments
@@ -315,12 +325,12 @@ def _train_backward(
         dy,
         read,
         plan,
-        _ready(weight, plan),
+        ready(weight, plan),
         moments,
         eps,
         (want_x, want_weight, want_bias),
         _fused(activation, parameter, residual if activation is not None else None, read),
-        _ready(bias, plan),
+        ready(bias, plan),
         want_residual and activation is not None,
     )
     record.backward = "cpu"
@@ -331,10 +341,6 @@ def _train_backward(
     grad_residual = dy.clone() if want_residual and activation is None else found.residual
     dx, grad_residual = (None if t is None else _promised(t, x) for t in (found.x, grad_residual))
     return tuple(x.new_empty(0) if t is None else t for t in (dx, *parameters, grad_residual))  # type: ignore[return-value]
-
-
-def _ready(t: Tensor | None, plan: plans.Plan) -> Tensor | None:
-    return None if t is None else t.to(plan.statistics).contiguous()
 
 
 def _promised(t: Tensor, x: Tensor) -> Tensor:
