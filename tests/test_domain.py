@@ -437,7 +437,7 @@ def test_torch_fx_records_a_call_of_the_whole_layer() -> None:
 
 
 def test_compiled_in_one_graph_for_each_domain() -> None:
-    layer = made(activation="relu")
+    layer = made()
     owner = copy.deepcopy(layer)
     compiled = torch.compile(owner, fullgraph=True, backend="aot_eager")
     for step, name in enumerate("abab"):

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -90,14 +91,15 @@ def test_networks_as_people_write_them(
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert torch.equal(generator[0], torch.get_rng_state())
     assert generator[1] == random.getstate()
-    # The copy has the same state, and computes the same with our kernels.
+    # The copy has the same state, and computes the same: one network by the loops, which take long to compile.
     state = result.model.state_dict()
     assert list(state) == list(before)
     assert all(torch.equal(state[name], t) for name, t in before.items())
     for training in (True, False):
         right = step(model.train(training), image())
-        assert_same(step(result.model.train(training), image()), right)
-        assert kernels.ran().forward == "cpu" or not training
+        with nullcontext() if make is ResNet else kernels.using("aten"):
+            assert_same(step(result.model.train(training), image()), right)
+            assert kernels.ran().forward == ("cpu" if make is ResNet and training else "aten")
     model.load_state_dict(result.model.state_dict())
     result.model.load_state_dict(model.state_dict())
 
