@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.convert import revert as revert
     from batchnorm.surgery.domains import add_domain as add_domain
     from batchnorm.surgery.domains import split_domains as split_domains
+    from batchnorm.surgery.fold import fold as fold
     from batchnorm.surgery.freeze import freeze as freeze
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
@@ -58,6 +59,7 @@ _HOME = {
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
     "convert": "batchnorm.surgery.convert",
+    "fold": "batchnorm.surgery.fold",
     "freeze": "batchnorm.surgery.freeze",
     "frozen_statistics": "batchnorm.surgery.freeze",
     "add_domain": "batchnorm.surgery.domains",
