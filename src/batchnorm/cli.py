@@ -123,6 +123,7 @@ def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | Non
     with _one_line_errors():
         run(out, quick, seconds, publish)
 
+
 MODEL_HELP = "MODEL makes the network: package.module:factory or path/file.py:factory, called without arguments."
 
 
@@ -159,9 +160,7 @@ def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--method", type=click.Choice(["batch", "layerwise"]), default="batch", show_default=True)
 @click.option("--metric", help="Function of the model, called before and after: package.module:function.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="File for the report, too.")
-def recalibrate(
-    model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: bool, json_out: Path | None, **options: Any
-) -> None:
+def recalibrate(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: bool, **options: Any) -> None:
     """Give a checkpoint the statistics of its data: a pass over it instead of running averages."""
     _check_has_out(out, dry_run)
     with _tools():
@@ -169,10 +168,9 @@ def recalibrate(
         from batchnorm.commands.errors import one_line
         from batchnorm.commands.recalibrate import run
 
-    files = {"out": None, "json_out": None} if dry_run else {"out": out, "json_out": json_out}
     with one_line(debug):
         with terminal.batches("recalibrating") as progress:
-            report, changed = run(model, checkpoint, progress=progress, **files, **options)
+            report, changed = run(model, checkpoint, out=out, dry_run=dry_run, progress=progress, **options)
         click.echo(report)
         click.echo(_written(out, dry_run, f"{changed} values changed"))
 
@@ -193,7 +191,7 @@ def fold(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: b
         from batchnorm.commands.fold import run
 
     with one_line(debug):
-        folded = run(model, checkpoint, None if dry_run else out, **options)
+        folded = run(model, checkpoint, out, dry_run=dry_run, **options)
         click.echo(folded)
         click.echo(_written(out, dry_run, "the folded model"))
 

@@ -98,8 +98,8 @@ def _inside(path: Path, content: Any, key: str | None) -> Checkpoint:
     if found:
         raise ValueError(f"{path} has weights under {_list(map(repr, found))}: say --key which")
     there = f"has the keys {_list(map(repr, content))}" if isinstance(content, Mapping) else f"is a {_kind(content)}"
-    wanted = f"under {key!r}" if key else f"by themselves or under {', '.join(map(repr, KEYS))}; name another with --key"
-    raise ValueError(f"{path} {there}, but has no weights {wanted}")
+    wanted = f"under {key!r}" if key else f"by themselves or under {_list(map(repr, KEYS))}; name another with --key"
+    raise ValueError(f"{path} {there}, and no weights {wanted}")
 
 
 def _kind(value: Any) -> str:
@@ -149,7 +149,7 @@ def _list(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(every[:most]) + (", …" if len(every) > most else "")
 
 
-def check_out(out: Path, checkpoint: Path, force: bool) -> None:
+def check_out(out: Path, source: Path, force: bool) -> None:
     """Find out before the work whether a new file can be written there.
 
     Raises:
@@ -159,7 +159,7 @@ def check_out(out: Path, checkpoint: Path, force: bool) -> None:
     if out.is_dir():
         raise ValueError(f"{out} is a directory")
     if out.exists():
-        if out.samefile(checkpoint):
+        if source.exists() and out.samefile(source):
             raise ValueError(f"{out} is the checkpoint that is read, which is never written over: name another file")
         if not force:
             raise ValueError(f"{out} exists: name another file, or write over it with --force")

@@ -15,7 +15,10 @@ __all__ = ["in_one_line", "one_line"]
 
 _OTHERS = tuple(
     os.path.join(place, "")
-    for place in (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
+    for place in (
+        str(Path(__file__).parents[1]),
+        *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
+    )
 )
 
 

@@ -29,21 +29,23 @@ def run(
     example: str | None = None,
     data: str | None = None,
     force: bool = False,
+    dry_run: bool = False,
 ) -> Folded:
     """Fold the model of a checkpoint, and write it.
 
     Args:
         model: name of a factory.
         checkpoint, key: the file that is read, and where its weights are.
-        out: the new file; None writes nothing. "*.pt2" is the folded model as a program of torch.export, whose batches
+        out: the new file. "*.pt2" is the folded model as a program of torch.export, whose batches
             may have any size if the model allows it; "*.safetensors" and anything else are its `state_dict`.
         example: name of a function that makes example inputs.
         data: name of a loader, whose first batch has the example inputs.
         force: write over other files than the input.
+        dry_run: do everything but write.
     """
     program = out is not None and out.suffix == ".pt2"
     if program and example is None and data is None:
-        raise ValueError(f"{out} is to be a program of torch.export, for which example inputs are needed: say --example")
+        raise ValueError(f"{out} is to be a program of torch.export, which needs example inputs: say --example")
     if out is not None:
         checkpoints.check_out(out, checkpoint, force)
     read = checkpoints.read(checkpoint, key)
@@ -53,8 +55,8 @@ def run(
     folded = fold(net, given)
     if not folded.folded:
         raise ValueError(f"no layer of {model} could be folded: {_reasons(folded)}")
-    if out is not None:
-        content = _program(folded.model, given) if program else None
+    content = _program(folded.model, given) if program else None
+    if out is not None and not dry_run:
         with replacing(out) as partial:
             if content is not None:
                 partial.write_bytes(content)

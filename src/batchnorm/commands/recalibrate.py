@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from batchnorm.commands import checkpoints, named
 from batchnorm.files import write_text
 from batchnorm.surgery.recalibrate import Recalibrated, recalibrate
 
-__all__ = ["run", "statistics_of"]
+__all__ = ["run"]
 
 
 def run(
     model: str,
     checkpoint: Path,
     data: str,
-    out: Path | None,
     *,
+    out: Path | None = None,
     key: str | None = None,
     metric: str | None = None,
     json_out: Path | None = None,
     force: bool = False,
+    dry_run: bool = False,
     **options: Any,
 ) -> tuple[Recalibrated, int]:
     """Recalibrate the model of a checkpoint, and write the checkpoint again with the new statistics.
@@ -33,9 +35,10 @@ def run(
     Args:
         model, data, metric: names of a factory, a loader and a function of the model.
         checkpoint, key: the file that is read, and where its weights are.
-        out: the new file; None writes nothing.
+        out: the new file.
         json_out: where the report goes, too.
         force: write over other files than the input.
+        dry_run: do everything but write.
         options: of :func:`batchnorm.recalibrate`.
 
     Returns:
@@ -50,17 +53,15 @@ def run(
     net = named.model(model)
     checkpoints.fit(net, read)
     measure: Callable[[nn.Module], float] | None = None if metric is None else named.function(metric)
+    before = {id(b): b.clone() for b in net.buffers()}
     report = recalibrate(net, named.data(data), metric=measure, **options)
-    changed = {name: value for name, value in statistics_of(net, report.layers).items() if name in read.state}
-    if out is not None:
+    changed = {
+        name: value
+        for name, value in net.state_dict(keep_vars=True).items()
+        if name in read.state and id(value) in before and not torch.equal(value, before[id(value)])
+    }
+    if out is not None and not dry_run:
         checkpoints.write(out, read, changed)
-    if json_out is not None:
+    if json_out is not None and not dry_run:
         write_text(json_out, json.dumps(report.as_dict(), indent=1) + "\n")
     return report, len(changed)
-
-
-def statistics_of(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the running statistics of layers by all the names that they have in the model's `state_dict`."""
-    buffers = {id(b) for name in layers for b in model.get_submodule(name).buffers(recurse=False)}
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if id(value) in buffers}

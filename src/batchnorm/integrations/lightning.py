@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.integrations.training import Batches, Recalibration, check
+from batchnorm.integrations.training import Batches, Recalibration
 from batchnorm.surgery.batches import Forward, call
 from batchnorm.surgery.recalibrate import Recalibrated
 
@@ -16,7 +16,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import Checkpoint
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("batchnorm.integrations.lightning needs lightning: pip install lightning") from error
+    raise ModuleNotFoundError(f"{__name__} needs lightning: pip install lightning") from error
 
 __all__ = ["RecalibrateCallback"]
 
@@ -41,7 +41,7 @@ class RecalibrateCallback(Callback):
         options: others of :func:`batchnorm.recalibrate`: `batches`, `tolerance`, `method`, `layers`.
 
     Raises:
-        ValueError: when the fit begins, if the module has no batch normalization with running statistics.
+        ValueError: after the first training step, if there is nothing to recalibrate.
 
     Example:
         >>> Trainer(callbacks=[EMAWeightAveraging(), RecalibrateCallback(batches=100)])
@@ -71,13 +71,19 @@ class RecalibrateCallback(Callback):
         trainer.callbacks = [*callbacks[:place], self, *callbacks[place:]]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say now that there is nothing to recalibrate."""
+        """Begin."""
         self._done = False
-        check(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look, once an epoch, which layers train."""
+        if batch_idx == 0:
+            self._recalibration.look(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate what is validated."""
-        if "validation" in self._recalibration.at and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._recalibration.at("validation") and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._recalibration.lend(pl_module, *_used(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -86,7 +92,7 @@ class RecalibrateCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate for good."""
-        if "fit_end" in self._recalibration.at:
+        if self._recalibration.at("fit_end"):
             self._recalibration.run(pl_module, *_used(trainer, pl_module))
         self._done = True
 
@@ -99,11 +105,8 @@ class RecalibrateCallback(Callback):
 
         WeightAveraging saves its own copy of the average, to which the module was set at the end, without them.
         """
-        if self._done and self.report is not None and "current_model_state" in checkpoint:
-            current = checkpoint["current_model_state"]
-            for name in self.report.layers:
-                buffers = [f"{name}.{b}" for b, _ in pl_module.get_submodule(name).named_buffers(recurse=False)]
-                checkpoint["state_dict"].update({b: current[b] for b in buffers if b in current})
+        if self._done and "current_model_state" in checkpoint:
+            checkpoint["state_dict"] = dict(checkpoint["current_model_state"])
 
 
 def _used(trainer: Trainer, module: LightningModule) -> tuple[Batches | None, Forward]:

@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.find import is_batch_norm
 from batchnorm.surgery.recalibrate import Recalibrated, recalibrate
+from batchnorm.surgery.sites import Site, sites_of
 
-__all__ = ["Batches", "Recalibration", "check", "undisturbed"]
+__all__ = ["Batches", "Recalibration", "undisturbed"]
 
 
 class Recalibration:
@@ -43,13 +43,27 @@ class Recalibration:
         keep: bool,
         options: dict[str, Any],
     ) -> None:
-        self.at = {at} if isinstance(at, str) else set(at)
-        if not self.at or not self.at <= set(moments):
+        self._at = {at} if isinstance(at, str) else set(at)
+        if not self._at or not self._at <= set(moments):
             raise ValueError(f"at is {at!r}: it should be {' or '.join(map(repr, moments))}, or several of them")
-        inspect.signature(recalibrate).bind(None, data, forward=forward, **options)  # a TypeError now, not after training
-        self.data, self.forward, self.keep, self.options = data, forward, keep, options
+        inspect.signature(recalibrate).bind(None, data, **options)  # a TypeError now, not at the end
+        self._data, self._forward, self._keep, self._options = data, forward, keep, options
         self.report: Recalibrated | None = None
-        self._lent: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+        self._layers = options.get("layers")
+        self._lent: list[tuple[_Values, _Values]] = []
+
+    def at(self, moment: str) -> bool:
+        """Whether this is a moment to recalibrate."""
+        return moment in self._at
+
+    def look(self, model: nn.Module) -> None:
+        """Note, while a model trains, which layers do: an evaluation does not tell those that are held in evaluation.
+
+        Raises:
+            ValueError: if there is nothing to recalibrate.
+        """
+        sites, _ = sites_of(model, self._options.get("layers"))
+        self._layers = sorted({site.layer_name for site in sites})
 
     def run(self, model: nn.Module, data: Iterable[Any] | None, forward: Forward | None = None) -> None:
         """Recalibrate for good.
@@ -60,18 +74,21 @@ class Recalibration:
             forward: the framework's way to call the model, where no other was given.
         """
         self._lent = []
-        data = data if self.data is None else self.data
+        data = data if self._data is None else self._data
         if data is None:
             raise ValueError("there is no training data to recalibrate with: give the callback data=")
-        with torch.inference_mode(False):  # which an evaluation may be in, and of which buffers would stay tensors
-            self.report = recalibrate(model, data, forward=self.forward or forward, **self.options)
+        options = {**self._options, "layers": self._layers}
+        with torch.inference_mode(False):  # in which an evaluation may be
+            self.report = recalibrate(model, data, forward=self._forward or forward, **options)
 
     def lend(self, model: nn.Module, data: Iterable[Any] | None, forward: Forward | None = None) -> None:
         """Recalibrate until :meth:`put_back`."""
-        before = [[(b, b.detach().clone()) for b in layer] for layer in _statistics(model)]
-        self.run(model, data, forward)
-        if not self.keep:
-            self._lent = [[(b, old, b.detach().clone()) for b, old in layer] for layer in before]
+        with torch.inference_mode(False):
+            sites, _ = sites_of(model, self._layers)
+            before = [_Values(site) for site in sites]
+            self.run(model, data, forward)
+            if not self._keep:
+                self._lent = [(old, _Values(old.site)) for old in before]
 
     def put_back(self) -> None:
         """Put the statistics of training back, layer by layer where nobody else has put other ones there.
@@ -79,28 +96,26 @@ class Recalibration:
         What averages weights may swap two models' values, statistics among them, between an evaluation's start and its
         end: then those of training are back already, and the recalibrated ones are where they belong, in the average.
         """
-        with torch.no_grad():
-            for layer in self._lent:
-                if all(torch.equal(b, written) for b, _, written in layer):
-                    for b, old, _ in layer:
-                        b.copy_(old)
+        for before, written in self._lent:
+            if written.still_there():
+                before.restore()
         self._lent = []
 
 
-def check(model: nn.Module) -> None:
-    """Say before training, and not after, that there is nothing to recalibrate.
+class _Values:
+    """What running statistics are at a time."""
 
-    Raises:
-        ValueError: if the model has no batch normalization with running statistics.
-    """
-    if not _statistics(model):
-        raise ValueError(f"{type(model).__name__} has no batch normalization with running statistics to recalibrate")
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._values = [(t, t.detach().clone()) for t in (site.mean, site.var, site.batches) if t is not None]
 
+    def still_there(self) -> bool:
+        return all(torch.equal(t, value) for t, value in self._values)
 
-def _statistics(model: nn.Module) -> list[list[Tensor]]:
-    """The buffers of each batch normalization layer that has running statistics."""
-    layers = [m for m in model.modules() if is_batch_norm(m) and getattr(m, "running_mean", None) is not None]
-    return [list(m.buffers(recurse=False)) for m in layers]
+    def restore(self) -> None:
+        with torch.no_grad():
+            for t, value in self._values:
+                t.copy_(value)
 
 
 class Batches:
@@ -112,7 +127,9 @@ class Batches:
         prepare: what to do with each.
     """
 
-    def __init__(self, loader: Iterable[Any], limit: int | None = None, prepare: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, loader: Iterable[Any], limit: int | None = None, prepare: Callable[[Any], Any] | None = None
+    ) -> None:
         self._loader, self._limit, self._prepare = loader, limit, prepare
 
     def __iter__(self) -> Iterator[Any]:

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.integrations.training import Batches, Recalibration, check
+from batchnorm.integrations.training import Batches, Recalibration
 from batchnorm.surgery.batches import Forward
 from batchnorm.surgery.recalibrate import Recalibrated
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("batchnorm.integrations.transformers needs transformers: pip install transformers") from error
+    raise ModuleNotFoundError(f"{__name__} needs transformers: pip install transformers") from error
 
 __all__ = ["RecalibrateCallback"]
 
@@ -38,7 +38,7 @@ class RecalibrateCallback(TrainerCallback):  # type: ignore[misc]
         options: others of :func:`batchnorm.recalibrate`: `batches`, `tolerance`, `method`, `layers`.
 
     Raises:
-        ValueError: when training begins, if the model has no batch normalization with running statistics.
+        ValueError: after the first training step, if there is nothing to recalibrate.
 
     Example:
         >>> Trainer(model, arguments, train_dataset=images, callbacks=[RecalibrateCallback(batches=100)])
@@ -54,23 +54,27 @@ class RecalibrateCallback(TrainerCallback):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self._recalibration = Recalibration(at, ("train_end", "evaluation"), data, forward, keep, options)
+        self._looked = False
 
     @property
     def report(self) -> Recalibrated | None:
         """What the last recalibration did."""
         return self._recalibration.report
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **others: Any
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Say now that there is nothing to recalibrate."""
-        check(model)
+        """Begin an epoch."""
+        self._looked = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **others: Any
     ) -> None:
-        """Recalibrate what is about to be evaluated."""
-        if control.should_evaluate and "evaluation" in self._recalibration.at:
+        """Look, once an epoch, which layers train; recalibrate what is about to be evaluated."""
+        if not self._looked:
+            self._recalibration.look(model)
+            self._looked = True
+        if control.should_evaluate and self._recalibration.at("evaluation"):
             self._recalibration.lend(model, _batches(others["train_dataloader"]))
 
     on_epoch_end = on_step_end
@@ -85,7 +89,7 @@ class RecalibrateCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **others: Any
     ) -> None:
         """Recalibrate for good."""
-        if "train_end" in self._recalibration.at:
+        if self._recalibration.at("train_end"):
             self._recalibration.run(model, _batches(others["train_dataloader"]))
 
 
