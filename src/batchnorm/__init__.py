@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
     from batchnorm.surgery.fuse import fuse as fuse
+    from batchnorm.surgery.recalibrate import recalibrate as recalibrate
     from batchnorm.surgery.replace import replace as replace
 
 __version__ = "0.1.0"
@@ -65,6 +66,7 @@ _HOME = {
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
     "fuse": "batchnorm.surgery.fuse",
+    "recalibrate": "batchnorm.surgery.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
     "unfreeze": "batchnorm.surgery.freeze",
