@@ -15,6 +15,7 @@ __all__ = ["batches"]
 def batches(label: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show a bar on stderr, which is gone afterwards; gives the function to call with (done, total or None)."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
