@@ -7,7 +7,6 @@ are the whole content, or what is under one of the keys in `KEYS`, or under a ke
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 import tempfile
 import warnings
@@ -67,16 +66,14 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # of bytes that are no pickle, anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
-            raise ValueError(f"{path} is not a file of torch.save") from None
+            raise ValueError(f"{path} is not a file of torch.save, or is damaged") from None
         raise ValueError(
             f"{path} holds objects ({code[1]}) that only running code from the file could make, which is refused: "
             "save model.state_dict() alone"
         ) from None
-    except (RuntimeError, EOFError):
-        raise ValueError(f"{path} is not a file of torch.save, or is damaged") from None
     return _inside(path, content, key)
 
 
