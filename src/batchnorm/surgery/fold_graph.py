@@ -1,4 +1,4 @@
-"""Batch normalization folded into the convolution or linear layer before it, in a graph: torch.export's or torch.fx's."""
+"""Batch normalization folded into what is before it in a graph, which torch.export or torch.fx has made."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _PRODUCTS = (_aten.addmm.default, _aten.mm.default)
 
 
-class _Refusal(Exception):
+class _RefusalError(Exception):
     """Why a layer cannot be folded."""
 
 
@@ -180,7 +180,7 @@ class _Folding:
         try:
             norm = self._norm_module(node, name) if node.op == "call_module" else self._norm_function(node, name)
             source = self._source(norm)
-        except _Refusal as refusal:
+        except _RefusalError as refusal:
             self.skipped[name] = str(refusal)
             return
         self._fold(norm, source)
@@ -246,12 +246,14 @@ class _Folding:
     def _norm_function(self, node: fx.Node, name: str) -> _Norm:
         given = _bound(node, _NORMS[node.target])
         if given.get("running_mean") is None or given.get("running_var") is None:
-            raise _Refusal("it has no running statistics: it normalizes with the batch's in evaluation, too")
+            raise _RefusalError("it has no running statistics: it normalizes with the batch's in evaluation, too")
         if given.get("training", False) is not False:
-            raise _Refusal("it normalizes with the batch's statistics: trace or export the model in evaluation mode")
+            raise _RefusalError(
+                "it normalizes with the batch's statistics: trace or export the model in evaluation mode"
+            )
         tensors = {what: self._constant(given.get(what), what) for what in _NORM[1:5]}
         if any(_bound_index(user) != 0 for user in node.users) and _several(node):
-            raise _Refusal("other results of it than the normalized tensor are used")
+            raise _RefusalError("other results of it than the normalized tensor are used")
         return _Norm(
             node, name, given["input"], tensors["running_mean"], tensors["running_var"], tensors["weight"],
             tensors["bias"], given.get("eps", 1e-5),
@@ -262,33 +264,35 @@ class _Folding:
         if read is None:
             return None
         if not _is_read(read):
-            raise _Refusal(f"its {what} is computed, or an input")
+            raise _RefusalError(f"its {what} is computed, or an input")
         value = self._slot(read).value
         for reader in self._readers[_memory(value)]:
             if not self._is_norm(reader) and reader.target not in _SOURCES:
-                raise _Refusal(f"{reader.name} uses its {what}, too, and may change it")
+                raise _RefusalError(f"{reader.name} uses its {what}, too, and may change it")
         return value
 
     def _norm_module(self, node: fx.Node, name: str) -> _Norm:
         layer: Any = self._modules[str(node.target)]
         kind = layer._frozen.kind if is_frozen(layer) else type(layer)
         if kind not in {*OURS, *TORCHS, nn.SyncBatchNorm}:
-            raise _Refusal(f"{kind.__name__} may compute something else than batch normalization")
+            raise _RefusalError(f"{kind.__name__} may compute something else than batch normalization")
         if layer.training:
-            raise _Refusal("it is in training mode: call eval() before tracing")
+            raise _RefusalError("it is in training mode: call eval() before tracing")
         if layer.running_mean is None or layer.running_var is None:
-            raise _Refusal("it has no running statistics: it normalizes with the batch's in evaluation, too")
+            raise _RefusalError("it has no running statistics: it normalizes with the batch's in evaluation, too")
         if "forward" in vars(layer) or hooks_of(layer):
-            raise _Refusal("its forward has been replaced, or it has hooks")
+            raise _RefusalError("its forward has been replaced, or it has hooks")
         calls = [n for n in self._graph.nodes if n.op == "call_module" and self._modules[str(n.target)] is layer]
         if len(calls) > 1:
-            raise _Refusal("it is called several times")
+            raise _RefusalError("it is called several times")
         given = _bound(node, ("input", "residual", "mask"))
         if given.get("mask") is not None:
-            raise _Refusal("it is called with a mask")
+            raise _RefusalError("it is called with a mask")
         for t in (*layer.parameters(), *layer.buffers()):
             if self._readers[_memory(t)] != {node}:
-                raise _Refusal("something else in the graph uses its parameters or statistics, and may change them")
+                raise _RefusalError(
+                    "something else in the graph uses its parameters or statistics, and may change them"
+                )
         return _Norm(
             node, name, given["input"], layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps,
             given.get("residual"), layer,
@@ -305,17 +309,17 @@ class _Folding:
             source = self._source_function(node)
         else:
             what = type(part).__name__ if part is not None else getattr(node.target, "__name__", node.target)
-            raise _Refusal(f"it follows {what}, not a convolution or linear layer")
+            raise _RefusalError(f"it follows {what}, not a convolution or linear layer")
         if set(node.users) != {norm.node}:
-            raise _Refusal(f"others read what {source.name} gives, too")
+            raise _RefusalError(f"others read what {source.name} gives, too")
         self._check_alone(source)
         weight, channels = source.weight.value, norm.mean.numel()
         outputs = weight.shape[1] * source.groups if source.transposed else weight.shape[0]
         if outputs != channels:
-            raise _Refusal(f"{source.name} has {outputs} channels, not {channels}")
+            raise _RefusalError(f"{source.name} has {outputs} channels, not {channels}")
         form = node.meta.get("val", node.meta.get("tensor_meta"))
         if form is not None and hasattr(form, "shape") and len(form.shape) != weight.dim():
-            raise _Refusal(f"{source.name} gives {tuple(form.shape)}, whose channels are not in dimension 1")
+            raise _RefusalError(f"{source.name} gives {tuple(form.shape)}, whose channels are not in dimension 1")
         return source
 
     def _check_alone(self, source: _Source) -> None:
@@ -324,12 +328,12 @@ class _Folding:
             if slot is None:
                 continue
             if self._readers[_memory(slot.value)] != {source.reader(slot)}:
-                raise _Refusal(f"{slot.path} is used elsewhere, too")
+                raise _RefusalError(f"{slot.path} is used elsewhere, too")
 
     def _source_module(self, node: fx.Node, part: Any) -> _Source:
         name = str(node.target)
         if "forward" in vars(part) or hooks_of(part):
-            raise _Refusal(f"the forward of {name} has been replaced, or it has hooks")
+            raise _RefusalError(f"the forward of {name} has been replaced, or it has hooks")
         slots = [None if getattr(part, t) is None else _Slot(part, t, f"{name}.{t}") for t in ("weight", "bias")]
         assert slots[0] is not None
         return _Source(node, name, slots[0], slots[1], isinstance(part, TRANSPOSED), getattr(part, "groups", 1))
@@ -339,11 +343,11 @@ class _Folding:
         weight = given["weight"]
         if node.target in _PRODUCTS:
             if given.keys() - {"input", "weight", "bias"} or not _transposes(weight) or len(weight.users) > 1:
-                raise _Refusal(f"it follows {node.target}, which is not the product of a linear layer")
+                raise _RefusalError(f"it follows {node.target}, which is not the product of a linear layer")
             weight = weight.args[0]
         bias = given.get("bias")
         if not _is_read(weight) or not (bias is None or _is_read(bias)):
-            raise _Refusal(f"the weight or bias of {node.name} is computed, or an input")
+            raise _RefusalError(f"the weight or bias of {node.name} is computed, or an input")
         slot = self._slot(weight)
         transposed = _SOURCES[node.target] is _TRANSPOSED or given.get("transposed", False)
         name = slot.path.removesuffix(".weight")
