@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from batchnorm.surgery.fuse import fuse as fuse
     from batchnorm.surgery.recalibrate import recalibrate as recalibrate
     from batchnorm.surgery.replace import replace as replace
+    from batchnorm.surgery.tune import fold_frozen as fold_frozen
+    from batchnorm.surgery.tune import unfold_frozen as unfold_frozen
 
 __version__ = "0.1.0"
 
@@ -65,10 +67,12 @@ _HOME = {
     "frozen_statistics": "batchnorm.surgery.freeze",
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
+    "fold_frozen": "batchnorm.surgery.tune",
     "fuse": "batchnorm.surgery.fuse",
     "recalibrate": "batchnorm.surgery.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
+    "unfold_frozen": "batchnorm.surgery.tune",
     "unfreeze": "batchnorm.surgery.freeze",
     "split_domains": "batchnorm.surgery.domains",
 }

@@ -37,7 +37,7 @@ def takes_fixed_arguments(module: nn.Module) -> bool:
     return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
+def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False)) -> fx.Graph:
     """Record what a module's forward does with its arguments.
 
     Tracing runs the forward once and believes what happened. So it runs twice, in training with gradients and in
@@ -46,12 +46,13 @@ def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
     Args:
         module: it is left as it was.
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
+        modes: in which modes to run it, training (True) or evaluation, where one of them alone is asked about.
 
     Raises:
         UntraceableError: with the reason.
     """
     graphs = []
-    for training in (True, False):
+    for training in modes:
         try:
             twin, parts = shadow(module)
         except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
