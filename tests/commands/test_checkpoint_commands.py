@@ -1,4 +1,4 @@
-"""`batchnorm recalibrate` and `batchnorm fold`, on real files; what a user can do wrong is one line, and loses nothing."""
+"""`batchnorm recalibrate` and `batchnorm fold`, on real files; what a user can do wrong is one line and harms nothing."""
 
 import json
 import os
@@ -236,6 +236,7 @@ def test_batches_that_are_not_finite_are_counted(here: Path) -> None:
         ({"old": "empty.pt"}, ["empty.pt is not a file of torch.save"]),
         ({"old": "cut.pt"}, ["cut.pt is not a file of torch.save, or is damaged"]),
         ({"old": "garbage.safetensors"}, ["not a safetensors file, or is damaged"]),
+        ({"old": "other.pt"}, ["other.pt is not a file of torch.save, or is damaged"]),
         ({"old": "pickled.pt"}, ["pickled.pt holds objects (posix.system) that only running code", "is refused"]),
         ({"old": "whole.pt"}, ["whole.pt holds objects (torch.nn.modules.linear.Linear)", "is refused"]),
         ({"old": "text.pt"}, ["text.pt has the keys 'epoch', and no weights"]),
@@ -251,7 +252,8 @@ def test_what_a_user_can_do_wrong_is_one_line(here: Path, options: dict[str, str
         (here / name).write_bytes(b"this is no checkpoint")
     (here / "empty.pt").write_bytes(b"")
     (here / "cut.pt").write_bytes((here / "old.pt").read_bytes()[:-400])
-    (here / "pickled.pt").write_bytes(pickle.dumps(Harmful()))
+    torch.save(Harmful(), "pickled.pt")
+    (here / "other.pt").write_bytes(pickle.dumps(Harmful()))
     torch.save(nn.Linear(2, 2), "whole.pt")
     torch.save({"epoch": 1}, "text.pt")
     torch.save({"state_dict": state, "model": state}, "twice.pt")
