@@ -1,4 +1,4 @@
-"""`batchnorm recalibrate` and `batchnorm fold`, on real files; what a user can do wrong is one line and harms nothing."""
+"""`batchnorm recalibrate` and `batchnorm fold`, on real files: what a user can do wrong is one line and no harm."""
 
 import json
 import os

@@ -83,6 +83,7 @@ class Recalibration:
 
     def lend(self, model: nn.Module, data: Iterable[Any] | None, forward: Forward | None = None) -> None:
         """Recalibrate until :meth:`put_back`."""
+        self.put_back()
         with torch.inference_mode(False):
             sites, _ = sites_of(model, self._layers)
             before = [_Values(site) for site in sites]

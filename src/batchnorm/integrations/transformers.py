@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
-
 from batchnorm.integrations.training import Batches, Recalibration
 from batchnorm.surgery.batches import Forward
 from batchnorm.surgery.recalibrate import Recalibrated
@@ -19,7 +17,7 @@ except ModuleNotFoundError as error:
 __all__ = ["RecalibrateCallback"]
 
 
-class RecalibrateCallback(TrainerCallback):  # type: ignore[misc]
+class RecalibrateCallback(TrainerCallback):
     """Recalibrate batch normalization at the end of a training, before evaluations within it, or both.
 
     At the end the model gets the statistics of its final weights, or of the best ones with `load_best_model_at_end`;
@@ -62,35 +60,33 @@ class RecalibrateCallback(TrainerCallback):  # type: ignore[misc]
         return self._recalibration.report
 
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin an epoch."""
         self._looked = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **others: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look, once an epoch, which layers train; recalibrate what is about to be evaluated."""
         if not self._looked:
-            self._recalibration.look(model)
+            self._recalibration.look(kwargs["model"])
             self._looked = True
         if control.should_evaluate and self._recalibration.at("evaluation"):
-            self._recalibration.lend(model, _batches(others["train_dataloader"]))
+            self._recalibration.lend(kwargs["model"], _batches(kwargs["train_dataloader"]))
 
     on_epoch_end = on_step_end
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let training go on with its own statistics, after a checkpoint has been saved with those evaluated."""
         self._recalibration.put_back()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **others: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Recalibrate for good."""
         if self._recalibration.at("train_end"):
-            self._recalibration.run(model, _batches(others["train_dataloader"]))
+            self._recalibration.run(kwargs["model"], _batches(kwargs["train_dataloader"]))
 
 
 def _batches(loader: Iterable[Any] | None) -> Batches | None:
