@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
+from batchnorm.surgery.fold_graph import fold_graph
 from batchnorm.surgery.foldable import Borders, layers_of
 from batchnorm.surgery.handover import Step, take
 from batchnorm.surgery.neighbours import neighbours
@@ -90,17 +92,34 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
     """
+    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+        return _fold_graph(model, example_inputs)
     _check(model)
-    made = copy.deepcopy(model)
-    undo(made)  # what `fuse` gave to layers
-    made.eval()
-    found, skipped = _search(copy.deepcopy(made), example_inputs)
-    own = _tied(made)
-    take(made, found)
-    folded = {step.layer: _told(made, step, own) for step in found}
-    if example_inputs is None:
-        return Folded(made, folded, skipped)
-    return Folded(made, folded, skipped, *_verified(model, made, found, example_inputs))
+    made = _undone(copy.deepcopy(model))
+    steps, skipped = _search(copy.deepcopy(made), example_inputs)
+    tied = _tied(made)
+    take(made, steps)
+    folded = {step.layer: _told(made, step, tied) for step in steps}
+
+    def again(twin: nn.Module) -> nn.Module:
+        take(_undone(twin), steps)
+        return twin
+
+    errors = (None, None) if example_inputs is None else _verified(model, made, again, example_inputs)
+    return Folded(made, folded, skipped, *errors)
+
+
+def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
+    whole: nn.Module = model.module() if isinstance(model, ExportedProgram) else copy.deepcopy(model).eval()
+    made, folded, skipped = fold_graph(model if isinstance(model, ExportedProgram) else whole)  # type: ignore[arg-type]
+    errors = (None, None) if inputs is None else _verified(whole, made, lambda twin: fold_graph(twin)[0], inputs)  # type: ignore[arg-type]
+    return Folded(made, folded, skipped, *errors)
+
+
+def _undone(copied: nn.Module) -> nn.Module:
+    """A copy without what ``fuse`` gave to its layers, in evaluation."""
+    undo(copied)
+    return copied.eval()
 
 
 def _check(model: Any) -> None:
@@ -123,6 +142,8 @@ def _search(scratch: nn.Module, inputs: Any) -> tuple[list[Step], dict[str, str]
     steps: list[Step] = []
     while True:
         layers, skipped = layers_of(scratch)
+        if not layers:
+            return steps, skipped
         borders, found = Borders(scratch), neighbours(scratch, layers.values(), inputs)
         new = []
         for name, layer in layers.items():
@@ -158,27 +179,22 @@ def _told(made: nn.Module, step: Step, tied: set[str]) -> str:
     return said if type(left) is nn.Identity else f"{said}; {left} remains"
 
 
-def _verified(model: nn.Module, made: nn.Module, steps: list[Step], inputs: Any) -> tuple[float, float | None]:
-    """How far the outputs are from the model's, in its own dtype and in float64."""
+def _verified(
+    model: nn.Module, made: nn.Module, again: Callable[[nn.Module], nn.Module], inputs: Any
+) -> tuple[float, float | None]:
+    """How far the outputs are from the model's, in its own dtype and in float64, in which it is folded again."""
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    own = _difference(model, made, inputs)
+    own = largest_difference(_run(made, inputs), evaluated(model, inputs))
     try:
         twin = copy.deepcopy(model).double()
         given = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
         right = evaluated(twin, given)
-    except (RuntimeError, TypeError):  # a dtype is written into the model
-        limit = max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())])
-        _judge(own, limit)
+    except (RuntimeError, TypeError, AssertionError):  # a dtype is written into the model
+        _judge(own, max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())]))
         return own, None
-    undo(twin)
-    take(twin.eval(), steps)
-    wide = largest_difference(_run(twin, given), right)
+    wide = largest_difference(_run(again(twin), given), right)
     _judge(wide, 1e-9)
     return own, wide
-
-
-def _difference(model: nn.Module, made: nn.Module, inputs: Any) -> float:
-    return largest_difference(_run(made, inputs), evaluated(model, inputs))
 
 
 def _run(folded: nn.Module, inputs: Any) -> list[Tensor]:

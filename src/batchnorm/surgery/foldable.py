@@ -111,7 +111,7 @@ class Borders:
         if "forward" in vars(module):
             return f"the forward of {name} has been replaced"
         if "weight" not in module._parameters or module.weight.is_meta:
-            return f"{name} has no weight that could be changed"
+            return f"{name} has no weight of its own that could be changed"
         shared = len(self.names[module]) > 1 or len(self.names[layer]) > 1
         if shared and not found.everywhere:
             return f"{name} or the layer is shared, and not all of its calls could be seen: give example_inputs"

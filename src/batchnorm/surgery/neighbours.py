@@ -13,13 +13,11 @@ from torch import Tensor, fx, nn
 from batchnorm.kernels import using
 from batchnorm.surgery.example import calls_of, forward, seeded
 from batchnorm.surgery.find import hooks_of, names_of, shadow
-from batchnorm.surgery.line import TRANSPOSED
+from batchnorm.surgery.line import is_linear_map
 from batchnorm.surgery.observe import Witness
 from batchnorm.surgery.traced import Tracing
 
-__all__ = ["KINDS", "Neighbours", "neighbours"]
-
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+__all__ = ["Neighbours", "neighbours"]
 
 # What hands on in evaluation what it is given.
 _IDENTITIES = (
@@ -130,14 +128,14 @@ class _Search:
             place += step
         beside = line[place] if 0 <= place < len(line) else None
         alone = all(len(self._names[m]) == 1 for m in (layer, beside) if m is not None)
-        return beside if type(beside) in KINDS and alone else None
+        return beside if beside is not None and is_linear_map(beside) and alone else None
 
     def observe(self, inputs: Any) -> None:
         """Look at a run, which has the last word on what it reaches."""
         twin, original = shadow(self._model)
         twins = {module: part for part, module in original.items()}
         layers = [twins[layer] for layer in self.found]
-        rest = [part for part, module in original.items() if type(module) in KINDS]
+        rest = [part for part, module in original.items() if is_linear_map(module)]
         both = [*rest, *layers]
         witness = Witness(both, both, [p for m in both for p in m.parameters(recurse=False)])
         witness.attach()
@@ -169,7 +167,7 @@ class _Search:
     def _run_before(self, layer: nn.Module, original: dict[nn.Module, nn.Module], seen: Witness) -> nn.Module | str:
         fed = seen.fed[layer]
         before = next(iter(fed)) if len(fed) == 1 else None
-        if before is None or type(before) not in KINDS:
+        if before is None or not is_linear_map(before):
             told = sorted(self._names[original[m]][0] for m in fed if m is not None)
             if None in fed or not told:
                 return "no plain convolution or linear layer feeds it alone"
@@ -182,7 +180,7 @@ class _Search:
 
     def _usable(self, part: nn.Module, original: dict[nn.Module, nn.Module], seen: Witness) -> nn.Module | str:
         module = original[part]
-        if type(module) not in KINDS:
+        if not is_linear_map(module):
             return f"it feeds {self._names[module][0]}, not a plain convolution or linear layer"
         if _read(part, seen):
             return f"{self._names[module][0]}'s parameters are read by others, too"
@@ -233,7 +231,7 @@ class _View:
         first = next(iter(origins))
         if len({node.target for node in origins}) > 1:
             return f"it follows {' and '.join(sorted(self._told(node) for node in origins))}", False
-        if first.op != "call_module" or type(self._called(first)) not in KINDS:
+        if first.op != "call_module" or not is_linear_map(self._called(first)):
             return f"it follows {self._told(first)}, not a plain convolution or linear layer", False
         before = self._called(first)
         if not self._alone(before, layer):
@@ -250,7 +248,7 @@ class _View:
         first = next(iter(readers))
         if len({node.target for node in readers}) > 1:
             return f"it is read by {' and '.join(sorted({self._told(node) for node in readers}))}"
-        if first.op != "call_module" or type(self._called(first)) not in KINDS:
+        if first.op != "call_module" or not is_linear_map(self._called(first)):
             return f"followed by {self._told(first)}"
         after = self._called(first)
         return after if self._alone(layer, after) else f"{first.target} reads others, too"
@@ -313,7 +311,7 @@ class _View:
         return training is False
 
     def _is_linear(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and type(self._called(node)) is nn.Linear
+        return node.op == "call_module" and isinstance(self._called(node), nn.Linear)
 
     def _called(self, node: fx.Node) -> nn.Module:
         return self._module.get_submodule(str(node.target))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.surgery.find import is_batch_norm, shadow
+from batchnorm.surgery.line import is_linear_map
 
 __all__ = ["UntraceableError", "is_container", "takes_fixed_arguments", "trace"]
 
@@ -26,7 +27,9 @@ class UntraceableError(Exception):
 def is_container(module: nn.Module) -> bool:
     """Whether a module is not a building block of torch.nn, and so may be looked into."""
     return isinstance(module, nn.Sequential) or not (
-        type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) or is_batch_norm(module)
+        type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        or is_batch_norm(module)
+        or is_linear_map(module)
     )
 
 

@@ -6,7 +6,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
@@ -65,7 +65,9 @@ def evaluated(model: nn.Module, inputs: Any) -> list[Tensor]:
     Raises:
         ValueError: if there is none.
     """
-    twin = copy.deepcopy(model).train().eval()  # some keep what they computed last until they train again
+    twin = copy.deepcopy(model)
+    if not isinstance(twin, fx.GraphModule):
+        twin.train().eval()  # some keep what they computed last until they train again
     with seeded(model), using("aten"), torch.no_grad():
         outputs = [y for y in tree_leaves(forward(twin, inputs)) if isinstance(y, Tensor) and y.is_floating_point()]
     if not outputs:
