@@ -109,7 +109,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.save({"state_dict": state, "epoch": 7, "optimizer": {"lr": torch.tensor(0.1)}}, "old.pt")
     safetensors.torch.save_file(state, "old.safetensors", {"made": "here"})
     yield tmp_path
-    for name in ("users", "broken"):
+    for name in ("users", "broken", "train"):
         sys.modules.pop(name, None)
 
 
@@ -385,6 +385,25 @@ def test_fold_says_what_is_wrong_in_one_line(here: Path) -> None:
     one_line(command(*fold, "--out", "new.pt2"), "needs example inputs: say --example")
     one_line(command(*fold, "--out", "new.pt", "--data", "users:empty"), "users:empty gives no batch")
     one_line(command(*fold, "--out", "new.pt", "--example", "users:fails"), "KeyError: 'no such data set'")
+
+
+def test_the_page_runs(here: Path) -> None:
+    """docs/checkpoints.md: its two commands, and how what they write is loaded."""
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (here / "train.py").write_text("from users import example, loader, net as model\n", encoding="utf-8")
+    (here / "old.safetensors").rename("model.safetensors")
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    batchnorm ")]
+    assert [words[0] for words in commands] == ["recalibrate", "fold"]
+    commands.append([word.replace("pt2", "safetensors") for word in commands[1]])
+    for words in commands:
+        result = command(*words)
+        assert result.exit_code == 0, result.output
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "checkpoints.md", "exec"), names)
+    x = users()["example"]()
+    for model in (names["program"], names["model"]):
+        torch.testing.assert_close(model(x), folded_right(x))
 
 
 def process(*arguments: str) -> "subprocess.Popen[str]":
