@@ -163,7 +163,7 @@ def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
 def recalibrate(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: bool, **options: Any) -> None:
     """Give a checkpoint the statistics of its data: a pass over it instead of running averages."""
     _check_has_out(out, dry_run)
-    with _tools():
+    with _one_line_errors(), _tools():
         from batchnorm.commands import terminal
         from batchnorm.commands.errors import one_line
         from batchnorm.commands.recalibrate import run
@@ -186,7 +186,7 @@ def fold(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: b
     the state_dict of the folded model, for batchnorm.fold(factory()).model.
     """
     _check_has_out(out, dry_run)
-    with _tools():
+    with _one_line_errors(), _tools():
         from batchnorm.commands.errors import one_line
         from batchnorm.commands.fold import run
 

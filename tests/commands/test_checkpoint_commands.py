@@ -416,6 +416,19 @@ def process(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
+def test_without_the_tools_one_line_says_how_to_get_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("batchnorm.commands.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.MonkeyPatch.context() as patch, open("errors", "w+", encoding="utf-8") as errors:
+        patch.setattr(sys, "stderr", errors)
+        with pytest.raises(SystemExit, match="2"):
+            main(["fold", "users:net", "--checkpoint", "old.pt", "--out", "new.pt"])
+    assert (here / "errors").read_text(encoding="utf-8") == (
+        "batchnorm: safetensors is missing; the command needs the tools: pip install 'batchnorm[tools]'\n"
+    )
+
+
 def test_the_command_runs_as_a_process(here: Path) -> None:
     arguments = ("users:net", "--checkpoint", "old.pt", "--data", "users:loader", "--out", "new.pt")
     running = process("recalibrate", *arguments)

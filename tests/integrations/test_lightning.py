@@ -1,5 +1,8 @@
 """RecalibrateCallback in real Lightning fits."""
 
+import importlib
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from points import assert_right, network, points
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from batchnorm.integrations.lightning import RecalibrateCallback
 
@@ -250,3 +253,47 @@ def test_an_error_in_a_validation_gives_training_its_statistics_back() -> None:
     with pytest.raises(RuntimeError, match="no validation today"):
         fit(RecalibrateCallback("validation"), module=module, num_sanity_val_steps=0, max_epochs=1)
     assert same(module, without)
+
+
+class Locked(RandomSampler):
+    """Cannot be copied."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("loaders", "words"),
+    [
+        (lambda data: DataLoader(data, batch_size=20, sampler=Locked(data)), "loader cannot be copied"),
+        (lambda data: {"a": DataLoader(data), "b": DataLoader(data)}, "several loaders at once"),
+    ],
+)
+def test_loaders_that_cannot_be_read_beside_the_training_are_told_at_its_start(loaders: Any, words: str) -> None:
+    class Parts(Module):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            x, targets = batch["a"] if isinstance(batch, dict) else batch
+            return super().training_step((torch.cat([x, x + 1]), torch.cat([targets, targets])), index)
+
+    data, module = TensorDataset(*points()), Parts()
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    with pytest.raises(ValueError, match=words + ".*give the callback data="):
+        Trainer(accelerator="cpu", enable_checkpointing=False, callbacks=[RecalibrateCallback()], **options).fit(
+            module, loaders(data), validation()
+        )
+    assert len(module.seen) == 1
+    callback = RecalibrateCallback(data=DataLoader(data, batch_size=20))
+    Trainer(accelerator="cpu", enable_checkpointing=False, callbacks=[callback], **options).fit(
+        module, loaders(data), validation()
+    )
+    assert_right(module.net)
+
+
+@pytest.mark.parametrize("package", ["lightning", "transformers"])
+def test_without_the_package_one_line_says_what_is_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.pytorch", None)
+    monkeypatch.delitem(sys.modules, f"batchnorm.integrations.{package}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=f"needs {package}: pip install {package}"):
+        importlib.import_module(f"batchnorm.integrations.{package}")

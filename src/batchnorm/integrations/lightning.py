@@ -41,7 +41,7 @@ class RecalibrateCallback(Callback):
         options: others of :func:`batchnorm.recalibrate`: `batches`, `tolerance`, `method`, `layers`.
 
     Raises:
-        ValueError: after the first training step, if there is nothing to recalibrate.
+        ValueError: after the first training step, if there is nothing to recalibrate, or the loader cannot be copied.
 
     Example:
         >>> Trainer(callbacks=[EMAWeightAveraging(), RecalibrateCallback(batches=100)])
@@ -79,7 +79,7 @@ class RecalibrateCallback(Callback):
     ) -> None:
         """Look, once an epoch, which layers train."""
         if batch_idx == 0:
-            self._recalibration.look(pl_module)
+            self._recalibration.look(pl_module, trainer.train_dataloader)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate what is validated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -56,12 +56,14 @@ class Recalibration:
         """Whether this is a moment to recalibrate."""
         return moment in self._at
 
-    def look(self, model: nn.Module) -> None:
+    def look(self, model: nn.Module, loader: Iterable[Any] | None) -> None:
         """Note, while a model trains, which layers do: an evaluation does not tell those that are held in evaluation.
 
         Raises:
-            ValueError: if there is nothing to recalibrate.
+            ValueError: if there is nothing to recalibrate, or the training's loader cannot be used.
         """
+        if self._data is None and loader is not None:
+            undisturbed(loader)
         sites, _ = sites_of(model, self._options.get("layers"))
         self._layers = sorted({site.layer_name for site in sites})
 
@@ -144,11 +146,22 @@ def undisturbed(loader: Iterable[Any]) -> Iterable[Any]:
     A DataLoader's samplers and generators advance as it is iterated over, and persistent workers serve one iteration
     alone. The new one has its own; it shares the data set and the functions. The wrapper of `accelerate` is left out,
     since it tells gradient accumulation about every batch. What is no DataLoader is returned itself.
+
+    Raises:
+        ValueError: if it cannot be copied, or is several loaders.
     """
+    several = list(loader.values()) if isinstance(loader, Mapping) else loader if isinstance(loader, list) else []
+    if any(isinstance(one, DataLoader) for one in several):
+        raise ValueError("training reads several loaders at once: give the callback data=")
     inner = getattr(loader, "base_dataloader", loader)
     if not isinstance(inner, DataLoader):
         return loader
     shared = (inner.dataset, inner.collate_fn, inner.worker_init_fn)
     memo = {id(one): one for one in shared}
     memo[id(inner._iterator)] = None  # the persistent workers
-    return copy.deepcopy(inner, memo)
+    try:
+        return copy.deepcopy(inner, memo)
+    except Exception as error:  # of a sampler of the user's, anything
+        raise ValueError(
+            f"the training's loader cannot be copied, to be read beside the training ({error}): give the callback data="
+        ) from error

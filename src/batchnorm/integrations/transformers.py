@@ -36,7 +36,7 @@ class RecalibrateCallback(TrainerCallback):
         options: others of :func:`batchnorm.recalibrate`: `batches`, `tolerance`, `method`, `layers`.
 
     Raises:
-        ValueError: after the first training step, if there is nothing to recalibrate.
+        ValueError: after the first training step, if there is nothing to recalibrate, or the loader cannot be copied.
 
     Example:
         >>> Trainer(model, arguments, train_dataset=images, callbacks=[RecalibrateCallback(batches=100)])
@@ -68,7 +68,7 @@ class RecalibrateCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look, once an epoch, which layers train; recalibrate what is about to be evaluated."""
         if not self._looked:
-            self._recalibration.look(kwargs["model"])
+            self._recalibration.look(kwargs["model"], kwargs["train_dataloader"])
             self._looked = True
         if control.should_evaluate and self._recalibration.at("evaluation"):
             self._recalibration.lend(kwargs["model"], _batches(kwargs["train_dataloader"]))
