@@ -354,6 +354,38 @@ def test_hooks_masks_and_subclasses_are_left() -> None:
     assert torch.equal(folded(x, mask), graph(x, mask))
 
 
+def test_parts_that_the_graph_does_not_look_into_are_named() -> None:
+    class Block(nn.Sequential):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+            self.block = Block(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = self.block(x)
+            return self.bn(self.conv(y))
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return isinstance(m, Block) or super().is_leaf_module(m, name)
+
+    model, x = made(Outer), image(2, 2, 3, 3)
+    why = "it is in a part that the graph does not look into"
+    folded, done, left = fold_graph(fx.GraphModule(model, Tracer().trace(model)))
+    assert done == {"bn": "into conv"}
+    assert left == {"block.1": why}
+    assert_same(folded(x), model(x))
+    program = exported(model, x)
+    folded, done, left = fold_graph(program)
+    assert done == {"bn": "into conv"}
+    assert list(left.values()) == [why]
+    assert_same(folded(x), model(x))
+
+
 def test_a_graph_that_is_no_graph() -> None:
     with pytest.raises(TypeError, match="cannot fold a Linear as a graph"):
         fold_graph(nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -198,7 +198,10 @@ Build = Callable[[nn.Module, Tensor], Any]
 def _contenders(job: Job) -> dict[str, Build]:
     """How each is made of a copy of the network; what the others are compared with comes first."""
     if job.operation != EVALUATION:
-        return {FROZEN: lambda network, x: _plain(network, job), FOLDED_FROZEN: lambda network, x: _folded(network, job)}
+        return {
+            FROZEN: lambda network, x: _plain(network, job),
+            FOLDED_FROZEN: lambda network, x: _folded(network, job),
+        }
     found: dict[str, Build] = {
         UNFOLDED: lambda network, x: network,
         FOLDED: lambda network, x: fold(network, x).model,
@@ -261,5 +264,3 @@ def _call(network: Any, x: Tensor, job: Job) -> Call:
             parameter.grad = None
 
     return step
-
-

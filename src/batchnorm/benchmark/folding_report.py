@@ -14,7 +14,17 @@ from rich.console import Console
 
 from batchnorm.benchmark import machine, report
 from batchnorm.benchmark.folding import (
-    EVALUATION, FOLDED, FOLDED_FREEZING, FOLDED_FROZEN, FREEZING, FROZEN, FX, UNFOLDED, Row, jobs, measure,
+    EVALUATION,
+    FOLDED,
+    FOLDED_FREEZING,
+    FOLDED_FROZEN,
+    FREEZING,
+    FROZEN,
+    FX,
+    UNFOLDED,
+    Row,
+    jobs,
+    measure,
 )  # fmt: skip
 from batchnorm.benchmark.tables import Table, time
 from batchnorm.files import around, write_text
@@ -25,12 +35,13 @@ __all__ = ["run"]
 SCHEMA, VERSION = "batchnorm.benchmark.folding", 1
 BEGIN, END = "## Folding", "## How to change it"
 ABOUT = """\
-Times are medians over rounds in which all contenders take turns, in one process, with freed memory kept; *×* is the first
-contender's time by the other's, the median over rounds with its 95 % interval: above 1, the other one is faster.
-None is timed before its results agree with the unfolded network in float64. Statistics and weights are drawn. Evaluation
-is under `torch.no_grad`; inductor's freezing is `torch.compile` with `torch._inductor.config.freezing`, of the unfolded and of
-the folded network. Training is forward, cross entropy and backward with frozen layers (`batchnorm.freeze`),
-whose weight and bias are fixed or learn, with and without `batchnorm.fold_frozen`. `–`: see *Without figures*."""
+Times are medians over rounds in which all contenders take turns, in one process, with freed memory kept. *×* is the
+first contender's time by the other's, the median over rounds with its 95 % interval: above 1, the other one is faster.
+None is timed before its results agree with the unfolded network in float64. Weights and statistics are drawn.
+Evaluation is under `torch.no_grad`. Inductor's freezing is `torch.compile` with
+`torch._inductor.config.freezing`, of the unfolded and of the folded network. Training is forward, cross entropy and
+backward with frozen layers (`batchnorm.freeze`), whose weight and bias are fixed or learn, with and without
+`batchnorm.fold_frozen`. Where a figure is missing, *Folding: without figures* says why."""
 _SECONDS, _QUICK_SECONDS = 3.0, 0.02
 
 
