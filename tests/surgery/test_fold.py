@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import DenseNet, Inception, ResNet, Undecided, randomized
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import batchnorm
+from batchnorm import recurrent
 from batchnorm.surgery.line import along_inputs, along_outputs, constant_through, line
 
 SPACE = {0: (), 1: (7,), 2: (7, 6), 3: (5, 4, 6)}
@@ -323,6 +324,8 @@ REFUSED: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
     "variance": (lambda: [CONV, negative()], "not finite"),
     "last dimension": (lambda: [nn.Linear(6, 2), nn.BatchNorm2d(2)], "dimension 1"),
     "domains": (lambda: [CONV, batchnorm.DomainBatchNorm(3, ("a", "b"))], "domain"),
+    "recurrent": (lambda: [CONV, recurrent.LSTM(4, 3)], "within its steps"),
+    "condition": (lambda: [CONV, batchnorm.ConditionalBatchNorm(3, classes=4)], "conditioned"),
     "meta": (lambda: [nn.Conv2d(2, 3, 1, device="meta"), nn.BatchNorm2d(3, device="meta")], "meta device"),
 }
 
@@ -577,6 +580,35 @@ def test_inputs_and_outputs_of_any_form() -> None:
 
 
 # --- whole models ---
+
+
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    "conv": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2),
+    "reflecting": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3, padding=1, groups=4, bias=False),
+    "norm": lambda: nn.BatchNorm2d(4),
+    "ours": lambda: batchnorm.BatchNorm2d(4, activation="silu"),
+    "frozen": lambda: FrozenBatchNorm2d(4),
+    "relu": nn.ReLU,
+    "dropout": nn.Dropout,
+    "identity": nn.Identity,
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(parts=st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=7), observed=st.booleans())
+def test_any_chain(parts: list[str], observed: bool) -> None:
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(*(PARTS[part]() for part in parts))).double()
+    x = image(4).double()
+    result = batchnorm.fold(model, x if observed else None)
+    layers = [str(i) for i, part in enumerate(parts) if part in ("norm", "ours", "frozen")]
+    assert sorted([*result.folded, *result.skipped]) == layers
+    assert sorted(is_left(result.model)) == sorted(result.skipped)
+    torch.testing.assert_close(result.model(x), model.eval()(x), rtol=1e-11, atol=1e-11)
+    for name in result.skipped:  # no neighbour that could have taken it
+        before = [part for part in parts[: int(name)] if part not in ("dropout", "identity")]
+        assert not before or before[-1] not in ("conv", "reflecting", "transposed")
 
 
 def test_architectures() -> None:
