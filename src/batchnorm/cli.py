@@ -115,10 +115,14 @@ def choose(out: Path, quick: bool, publish: Path | None) -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder whose README.md and cells.md are to show the results.",
 )
-def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | None) -> None:
+@click.option("--only", type=click.Choice(["folding"]), help="Measure this part, which has a report of its own.")
+def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | None, only: str | None) -> None:
     """Time the kernels against torch.nn and its rivals, after a check that all agree."""
     with _tools():
-        from batchnorm.benchmark import run
+        if only == "folding":
+            from batchnorm.benchmark.folding_report import run
+        else:
+            from batchnorm.benchmark import run
 
     with _one_line_errors():
         run(out, quick, seconds, publish)

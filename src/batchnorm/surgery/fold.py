@@ -152,7 +152,7 @@ def _search(scratch: nn.Module, inputs: Any) -> tuple[list[Step], dict[str, str]
             if None in reasons:
                 before = reasons[0] is None
                 module: Any = around.before if before else around.after
-                new.append(Step(name, borders.names[module][0], before, "residual" in around.given))
+                new.append(Step(name, borders.names[module][0], before, "residual" in around.given, around.guessed))
             else:
                 skipped[name] = "; ".join(dict.fromkeys(str(reason) for reason in reasons))
         if not new:
@@ -173,6 +173,8 @@ def _tied(model: nn.Module) -> set[str]:
 
 def _told(made: nn.Module, step: Step, tied: set[str]) -> str:
     said = f"into {step.module}" + ("" if step.before else ", which follows")
+    if step.guessed:
+        said += ", beside it in a Sequential"
     if step.module in tied:
         said += ", which has a weight of its own now"
     left = made.get_submodule(step.layer)
@@ -184,7 +186,8 @@ def _verified(
 ) -> tuple[float, float | None]:
     """How far the outputs are from the model's, in its own dtype and in float64, in which it is folded again."""
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    own = largest_difference(_run(made, inputs), evaluated(model, inputs))
+    right = evaluated(model, inputs)
+    own = largest_difference(_run(made, inputs), right)
     try:
         twin = copy.deepcopy(model).double()
         given = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)

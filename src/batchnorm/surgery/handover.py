@@ -24,12 +24,14 @@ class Step(NamedTuple):
         module: that of the convolution or linear layer.
         before: whether that module comes before the layer, or behind it.
         residual: whether the layer is called with a residual, which remains to be added.
+        guessed: whether only the order in a ``Sequential`` says that they belong together.
     """
 
     layer: str
     module: str
     before: bool
     residual: bool
+    guessed: bool
 
 
 def take(model: nn.Module, steps: Iterable[Step]) -> None:

@@ -72,6 +72,12 @@ class Witness(TorchFunctionMode):
         if args and output is args[0]:  # in place: who reads it now reads the activation's
             self._outputs.pop(id(output), None)
 
+    def returned(self, results: Any) -> None:
+        """Note that the model gives some outputs of layers away."""
+        for tensor in torch.utils._pytree.tree_leaves(results):
+            if id(tensor) in self._outputs:
+                self._outputs[id(tensor)][2].append("who called the model")
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         silent = getattr(func, "__name__", "") == "__get__" and func not in _GETTERS
         result = func(*args, **(kwargs or {}))
@@ -138,7 +144,7 @@ def witnessed(
     witness.attach()
     for training in (True, False):
         with seeded(twin), using("aten"), witness:
-            forward(twin.train(training), inputs)
+            witness.returned(forward(twin.train(training), inputs))
     verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
     return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
 

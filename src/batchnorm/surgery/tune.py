@@ -180,6 +180,7 @@ def unfold_frozen(model: nn.Module) -> tuple[str, ...]:
         ('bn1', 'layer1.0.bn1')
     """
     changed = {name: module for name, module in model.named_modules() if isinstance(module, _Changed)}
+    module: Any
     for module in changed.values():
         vars(module).pop("_layer", None)
         module.__class__ = module._was
