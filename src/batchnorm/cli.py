@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="batchnorm")
 def main() -> None:
-    """Batch normalization for PyTorch: compare, choose, measure."""
+    """Batch normalization for PyTorch: compare, choose, measure; recalibrate and fold checkpoints."""
 
 
 @main.command()
