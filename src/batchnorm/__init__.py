@@ -35,11 +35,15 @@ if TYPE_CHECKING:
     from batchnorm.surgery.convert import revert as revert
     from batchnorm.surgery.domains import add_domain as add_domain
     from batchnorm.surgery.domains import split_domains as split_domains
+    from batchnorm.surgery.fold import fold as fold
     from batchnorm.surgery.freeze import freeze as freeze
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
     from batchnorm.surgery.fuse import fuse as fuse
+    from batchnorm.surgery.recalibrate import recalibrate as recalibrate
     from batchnorm.surgery.replace import replace as replace
+    from batchnorm.surgery.tune import fold_frozen as fold_frozen
+    from batchnorm.surgery.tune import unfold_frozen as unfold_frozen
 
 __version__ = "0.1.0"
 
@@ -58,13 +62,17 @@ _HOME = {
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
     "convert": "batchnorm.surgery.convert",
+    "fold": "batchnorm.surgery.fold",
     "freeze": "batchnorm.surgery.freeze",
     "frozen_statistics": "batchnorm.surgery.freeze",
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
+    "fold_frozen": "batchnorm.surgery.tune",
     "fuse": "batchnorm.surgery.fuse",
+    "recalibrate": "batchnorm.surgery.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
+    "unfold_frozen": "batchnorm.surgery.tune",
     "unfreeze": "batchnorm.surgery.freeze",
     "split_domains": "batchnorm.surgery.domains",
 }

@@ -1,9 +1,10 @@
 """The command `batchnorm`. What a command needs is imported when it runs, so that --help comes at once."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NEEDS_TOOLS = "batchnorm: {} is missing; the command needs the tools: pip install 'batchnorm[tools]'"
 
@@ -17,7 +18,7 @@ except ModuleNotFoundError as error:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="batchnorm")
 def main() -> None:
-    """Batch normalization for PyTorch: compare, choose, measure."""
+    """Batch normalization for PyTorch: compare, choose, measure; recalibrate and fold checkpoints."""
 
 
 @main.command()
@@ -114,13 +115,99 @@ def choose(out: Path, quick: bool, publish: Path | None) -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder whose README.md and cells.md are to show the results.",
 )
-def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | None) -> None:
+@click.option("--only", type=click.Choice(["folding"]), help="Measure this part, which has a report of its own.")
+def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | None, only: str | None) -> None:
     """Time the kernels against torch.nn and its rivals, after a check that all agree."""
     with _tools():
-        from batchnorm.benchmark import run
+        if only == "folding":
+            from batchnorm.benchmark.folding_report import run
+        else:
+            from batchnorm.benchmark import run
 
     with _one_line_errors():
         run(out, quick, seconds, publish)
+
+
+MODEL_HELP = "MODEL makes the network: package.module:factory or path/file.py:factory, called without arguments."
+
+
+def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what the commands that read and write a checkpoint share."""
+    shared = (
+        click.argument("model"),
+        click.option(
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            required=True,
+            help="File to read: *.safetensors, or of torch.save.",
+        ),
+        click.option("--key", help="Under which key the checkpoint has the weights.  [default: found]"),
+        click.option("--out", type=click.Path(path_type=Path), help="File to write: a new one."),
+        click.option("--force", is_flag=True, help="Write over a file, but never over the checkpoint that is read."),
+        click.option("--dry-run", is_flag=True, help="Do everything, but write nothing."),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    )
+    for decorate in reversed(shared):
+        command = decorate(command)
+    return command
+
+
+@main.command(epilog=MODEL_HELP)
+@_for_checkpoints
+@click.option("--data", required=True, help="Batches, or a function that makes them: package.module:loader.")
+@click.option("--batches", type=click.IntRange(min=1), help="Use at most so many batches.  [default: all]")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop when the statistics are known to within this, in standard deviations.",
+)
+@click.option("--method", type=click.Choice(["batch", "layerwise"]), default="batch", show_default=True)
+@click.option("--metric", help="Function of the model, called before and after: package.module:function.")
+@click.option("--json", "json_out", type=click.Path(path_type=Path), help="File for the report, too.")
+def recalibrate(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: bool, **options: Any) -> None:
+    """Give a checkpoint the statistics of its data: a pass over it instead of running averages."""
+    _check_has_out(out, dry_run)
+    with _one_line_errors(), _tools():
+        from batchnorm.commands import terminal
+        from batchnorm.commands.errors import one_line
+        from batchnorm.commands.recalibrate import run
+
+    with one_line(debug):
+        with terminal.batches("recalibrating") as progress:
+            report, changed = run(model, checkpoint, out=out, dry_run=dry_run, progress=progress, **options)
+        click.echo(report)
+        click.echo(_written(out, dry_run, f"{changed} values changed"))
+
+
+@main.command(epilog=MODEL_HELP)
+@_for_checkpoints
+@click.option("--example", help="Example inputs, or a function that makes them: package.module:function.")
+@click.option("--data", help="Batches, or a function that makes them; the first has the example inputs.")
+def fold(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: bool, **options: Any) -> None:
+    """Fold batch normalization into the convolutions and linear layers of a checkpoint, for inference.
+
+    With --out *.pt2 the result is a program that torch.export.load reads; it needs example inputs. Otherwise it is
+    the state_dict of the folded model, for batchnorm.fold(factory()).model.
+    """
+    _check_has_out(out, dry_run)
+    with _one_line_errors(), _tools():
+        from batchnorm.commands.errors import one_line
+        from batchnorm.commands.fold import run
+
+    with one_line(debug):
+        folded = run(model, checkpoint, out, dry_run=dry_run, **options)
+        click.echo(folded)
+        click.echo(_written(out, dry_run, "the folded model"))
+
+
+def _check_has_out(out: Path | None, dry_run: bool) -> None:
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out' (or '--dry-run', which writes nothing).")
+
+
+def _written(out: Path | None, dry_run: bool, what: str) -> str:
+    """Say what has been written, or would be."""
+    return f"{out}: {what}" if not dry_run else f"{out or 'nothing'}: would be written, {what}"
 
 
 @contextmanager

@@ -1,18 +1,30 @@
 """Files: writing that leaves either the whole file or the one before, and text between two headings."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: readers and interruptions never meet half of it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside another; what the block writes there takes the other's place, whole or not at all.
+
+    Readers and interruptions never meet half of it, and after an exception what was there before still is.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def around(path: Path, begin: str, end: str) -> tuple[str, str]:

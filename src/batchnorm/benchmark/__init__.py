@@ -2,7 +2,8 @@
 
 ``grid`` and ``plans`` say what is measured, ``check`` lets a cell through or not, ``peers``, ``rivals`` and ``whole``
 hold the contenders, ``timing`` the clock, ``worker`` the process that times, ``traffic`` and ``memory`` count bytes,
-``bars`` judges, and ``tables``, ``report`` and ``page`` show and write.
+``bars`` judges, and ``tables``, ``report`` and ``page`` show and write. ``folding`` measures folded networks, and has a
+report of its own.
 """
 
 from __future__ import annotations

@@ -67,17 +67,17 @@ def show(report: Report, console: Console) -> None:
     )
     for table in summaries:
         if table.rows:
-            console.print(_drawn(table, box.SIMPLE_HEAD))
+            draw(table, console)
     behind = summary.slower(report)
     if behind:
         console.print(f"Slower than torch.nn: {len(behind)} of {len(report.timings)}" + _worst(len(behind)))
-        console.print(_drawn(tables.slower(behind[:_WORST]), box.SIMPLE_HEAD))
+        draw(tables.slower(behind[:_WORST]), console)
     failed = summary.failures(report)
     if failed:
         console.print(f"[bold red]Without figures: {len(failed)}[/bold red]" + _worst(len(failed)))
         shortened = [(name, _shortened(why)) for name, why in failed[:_WORST]]
-        console.print(_drawn(tables.failures(shortened), box.SIMPLE_HEAD))
-    console.print(_drawn(tables.targets(report), box.SIMPLE_HEAD))
+        draw(tables.failures(shortened), console)
+    draw(tables.targets(report), console)
     if report.quick:
         console.print(f"[yellow]{QUICK}[/yellow]")
 
@@ -103,6 +103,11 @@ def cell_sections(report: Report) -> Iterator[tuple[str, Table]]:
     yield "Kept for the backward, bytes", tables.saved(report)
     for title, table in tables.every_cell(report):
         yield f"Every cell: {title}", table
+
+
+def draw(table: Table, console: Console) -> None:
+    """Print a table."""
+    console.print(_drawn(table, box.SIMPLE_HEAD))
 
 
 def save(report: Report, path: Path) -> Path:

@@ -97,6 +97,11 @@ class Recurrent(nn.Module):
         counts = torch.zeros(self.max_steps, dtype=torch.int64, device=device)
         self.register_buffer(f"num_batches_tracked{suffix}", counts)
 
+    def normalized(self) -> dict[str, tuple[str, ...]]:
+        """Name what is normalized ("ih", "hh", "c") in each layer and direction ("_l0", "_l0_reverse", …)."""
+        suffixes = [suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer)]
+        return dict.fromkeys(suffixes, tuple(self._widths))
+
     def reset_running_stats(self) -> None:
         """Forget the running statistics of all steps: mean 0, variance 1, no batches."""
         for name, buffer in self.named_buffers():
@@ -231,12 +236,15 @@ class Recurrent(nn.Module):
             state = self._step(t, x, state, recurrent, norms)
             outputs.append(state[0])
         if self.training:
-            running = [self._running(what, suffix) for what in norms]
-            batches = getattr(self, "num_batches_tracked" + suffix)
-            with torch.no_grad():
-                track(list(norms.values()), running, batches, [size for size in sizes if size > 1], self.momentum)
+            self._learn(suffix, norms, [size for size in sizes if size > 1])
         ends = [state, *reversed(ended)]
         return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+
+    @torch.no_grad()
+    def _learn(self, suffix: str, norms: dict[str, Norm], sizes: list[int]) -> None:
+        """Move the running statistics by what a forward has seen; the first steps had ``sizes`` sequences."""
+        running = [self._running(what, suffix) for what in norms]
+        track(list(norms.values()), running, getattr(self, "num_batches_tracked" + suffix), sizes, self.momentum)
 
     def _inputs(self, suffix: str, data: Tensor, sizes: list[int], norm: Norm) -> tuple[Tensor, ...]:
         """Give the normalized product of the input at each step: one product and, if it can be, one normalization."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Forward", "call", "moved", "samples"]
+__all__ = ["Forward", "call", "inputs", "moved", "samples"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -26,13 +26,19 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     """
     if forward is not None:
         return forward(model, batch)
+    given = inputs(model, batch)
+    return model(**given) if isinstance(given, dict) else model(*given)
+
+
+def inputs(model: nn.Module, batch: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """Return what :func:`call` gives to a model: a tuple of one argument, or keyword arguments."""
     if isinstance(batch, Mapping):
-        return model(**{name: value for name, value in batch.items() if name in _arguments(model, batch)})
+        return {name: value for name, value in batch.items() if name in _arguments(model, batch)}
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise ValueError("a batch is an empty tuple: the first element should be the model's input")
-        return model(batch[0])
-    return model(batch)
+        return (batch[0],)
+    return (batch,)
 
 
 def moved(batch: Any, model: nn.Module) -> Any:

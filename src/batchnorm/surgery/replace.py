@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.convert import take_over
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
+from batchnorm.surgery.line import TRANSPOSED, along_outputs, line_of
 from batchnorm.surgery.rewrite import Absorbed, Rewritten
-from batchnorm.surgery.sources import TRANSPOSED, Source, sources
+from batchnorm.surgery.sources import Source, sources
 
 __all__ = ["Replaced", "replace"]
 
@@ -224,8 +225,9 @@ def _handed_over(layer: Any, source: Source) -> str:
     bias = before.weight.new_zeros(layer.num_features) if fresh else before.bias
     with torch.no_grad():
         if source.certain:
-            scale, shift = _line(layer)
-            before.weight.copy_(before.weight.cpu() * _over_outputs(scale, before))
+            scale, shift = line_of(layer)
+            groups = getattr(before, "groups", 1)
+            before.weight.copy_(along_outputs(before.weight, scale, groups, isinstance(before, TRANSPOSED)))
             bias.copy_(bias.cpu() * scale + shift)
         elif fresh and layer.bias is not None:
             bias.copy_(layer.bias)
@@ -238,24 +240,3 @@ def _handed_over(layer: Any, source: Source) -> str:
         f"removed, and with it its scale and statistics; {source.name}, registered before it, {gets} "
         "(example_inputs would show whether it can take them over)"
     )
-
-
-def _line(layer: Any) -> tuple[Tensor, Tensor]:
-    """Evaluation as scale · x + shift, in float64 on the CPU; without running statistics, what is left of it."""
-    mean, var = layer.running_mean, layer.running_var
-    zero = torch.zeros(layer.num_features, dtype=torch.float64)
-    scale = zero + 1 if var is None else (var.cpu().double() + layer.eps).rsqrt()
-    if layer.weight is not None:
-        scale = scale * layer.weight.cpu().double()
-    shift = zero if layer.bias is None else layer.bias.cpu().double()
-    if mean is not None:
-        shift = shift - mean.cpu().double() * scale
-    return scale, shift
-
-
-def _over_outputs(scale: Tensor, module: Any) -> Tensor:
-    """The scales in a shape that multiplies a weight: along its outputs."""
-    if not isinstance(module, TRANSPOSED):
-        return scale.view(-1, *(1,) * (module.weight.dim() - 1))
-    grouped = scale.view(module.groups, 1, -1).expand(-1, module.in_channels // module.groups, -1)
-    return grouped.reshape(module.in_channels, -1, *(1,) * (module.weight.dim() - 2))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from batchnorm.surgery.find import hooked_between, hooks_of, names_of
+from batchnorm.surgery.line import TRANSPOSED
 from batchnorm.surgery.observe import witnessed
 from batchnorm.surgery.traced import Tracing
 
-__all__ = ["TRANSPOSED", "Source", "sources"]
+__all__ = ["Source", "sources"]
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 

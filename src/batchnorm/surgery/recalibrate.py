@@ -1,0 +1,265 @@
+"""Take the running statistics of batch normalization anew, over data."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.surgery.batches import Forward
+from batchnorm.surgery.clusters import Clusters
+from batchnorm.surgery.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer, write
+from batchnorm.surgery.preserve import preserved, uninterrupted
+from batchnorm.surgery.sites import Site, sites_of
+from batchnorm.surgery.together import Processes
+
+__all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
+
+Method = Literal["batch", "layerwise"]
+
+_METHODS = {"batch": batch_by_batch, "layerwise": layer_by_layer}
+
+
+class Change(NamedTuple):
+    """The largest change of a channel, and the root of the mean square over channels."""
+
+    max: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What recalibration has changed in one set of running statistics, and how sure it is of the new ones.
+
+    Attributes:
+        count: how many values a channel were seen; the sum of the weights where a mask had weights.
+        mean_change: of the mean, in new standard deviations, ``√(variance + eps)``.
+        scale_change: of the standard deviation, in new ones. Infinite where the old statistics were not finite.
+        mean_error: the largest standard error of a channel's mean, in its standard deviations; infinite after fewer
+            than two batches.
+        variance_error: the largest standard error of a channel's variance, relative to ``variance + eps``.
+    """
+
+    count: float
+    mean_change: Change
+    scale_change: Change
+    mean_error: float
+    variance_error: float
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """What ``recalibrate`` has done.
+
+    Attributes:
+        layers: for every layer that has new statistics, by its qualified name, what changed; a recurrent layer has
+            several sets, ``lstm.hh_l0``.
+        skipped: the name of every batch normalization layer that was left as it was, and why.
+        batches, samples: that the statistics are of, from all processes.
+        allowed: how many batches could have been taken, in every process; None for all.
+        skipped_batches: that were left out, since a layer's moments were not finite.
+        stopped: what came first: the end of the "data", the number of "batches", or the "tolerance".
+        metric_before, metric_after: in evaluation, if a metric was given.
+    """
+
+    layers: dict[str, LayerChange]
+    skipped: dict[str, str]
+    batches: int
+    samples: int
+    skipped_batches: int = 0
+    allowed: int | None = None
+    stopped: Stopped = "data"
+    metric_before: float | None = None
+    metric_after: float | None = None
+
+    def __str__(self) -> str:
+        short = self.stopped == "data" and self.allowed is not None
+        ended = f"the data ended before the {self.allowed} that were allowed" if short else "the data ended"
+        ends = {"data": ended, "batches": "as many as were allowed", "tolerance": "precise enough"}
+        lines = [
+            f"{len(self.layers)} recalibrated, {len(self.skipped)} left: "
+            f"{self.batches} batches, {self.samples} samples ({ends[self.stopped]})"
+        ]
+        if self.skipped_batches:
+            lines.append(f"  {self.skipped_batches} batches left out: not finite")
+        if self.metric_before is not None and self.metric_after is not None:
+            lines.append(f"  metric: {self.metric_before:.6g} before, {self.metric_after:.6g} after")
+        for name, layer in self.layers.items():
+            lines.append(
+                f"  {name or '(the model)'}: mean moved by {layer.mean_change.max:.2g} deviations at most, "
+                f"deviation by {layer.scale_change.max:.1%}; "
+                f"standard errors {layer.mean_error:.2g}, {layer.variance_error:.2g}"
+            )
+        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the same for JSON, with None for numbers that are not finite."""
+        found: dict[str, Any] = _plain(asdict(self))
+        return found
+
+
+def recalibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    batches: int | None = None,
+    tolerance: float | None = None,
+    method: Method = "batch",
+    metric: Callable[[nn.Module], float] | None = None,
+    layers: str | Iterable[str] | None = None,
+    process_group: Any = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Recalibrated:
+    """Make all running statistics the mean and the unbiased variance of everything that the layers see in the data.
+
+    In place. Every value counts once, however uneven the batches are, in float64. Only ``running_mean``,
+    ``running_var`` and ``num_batches_tracked`` change, the last to the number of batches that were seen, with which
+    ``momentum=None`` goes on averaging. After any error, and after Ctrl-C, the model is bit-identical to before.
+
+    Meanwhile only the layers to be recalibrated are in training: dropout is off, and layers that are frozen, or held
+    in evaluation while the model trains, stay as they are. Masks count. Policies of statistics do not hold: every layer
+    normalizes with the whole batch of its process. A batch in which any layer's moments are not finite is left out.
+
+    Args:
+        model: any module; its layers may be torch.nn's, ours, their subclasses, or recurrent ones of ours.
+        data: batches, of which a tensor is the model's input, of a tuple or list the first element is, and a dict holds
+            keyword arguments.
+        forward: how to call the model instead, ``forward(model, batch)``.
+        batches: take no more than so many (in every process).
+        tolerance: stop as soon as the standard errors of all layers are below, those of means in standard deviations,
+            those of variances relative; after five batches at the earliest.
+        method: "batch": one pass, in which every layer normalizes with its batch. "layerwise": a pass for each layer,
+            in the order of the forward, on what the layers before it make in evaluation with their new statistics,
+            after one pass to find that order. It does not depend on the size of the batches.
+        metric: called with the model in evaluation, without gradients, before and after; of the report only.
+        layers: names of layers, or of modules that hold them, to restrict this to.
+        process_group: of ``torch.distributed``, whose processes merge what they see, each of its own data, which may
+            differ in length; all must call this. None for the default group, where there is one.
+        progress: called after each batch with how many are done and how many there are, None if that is not known.
+
+    Raises:
+        ValueError: no data, no layers, no batch with finite moments, unusable arguments.
+        RuntimeError: in all other processes, if this fails in one.
+
+    An error in the model's forward comes through with the number of the batch.
+
+    Example:
+        >>> print(batchnorm.recalibrate(model, loader, batches=100))
+        20 recalibrated, 0 left: 100 batches, 6400 samples (as many as were allowed) …
+
+    Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3 (precise BN); for
+    "layerwise", the same section's remark that statistics of deeper layers depend on those before.
+    """
+    _check(data, batches, tolerance, method)
+    how = How(forward, batches, tolerance, progress)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with Processes(process_group, device) as processes, torch.no_grad():
+        sites, skipped = sites_of(model, layers)
+        with preserved(model), _as_written():
+            before = None if metric is None else _in_evaluation(model, metric)
+            seen = _METHODS[method](_unwrapped(model), data, sites, how, processes)
+            renewed = _renewed(seen, skipped)
+            for site, clusters in renewed.items():
+                write(site, clusters)
+            after = None if metric is None else _in_evaluation(model, metric)
+        changes = {site.name: _change(site, clusters) for site, clusters in renewed.items()}
+        processes.all_done(True)  # or else one has failed
+        with uninterrupted():
+            for site, clusters in renewed.items():
+                write(site, clusters)
+    return Recalibrated(
+        changes, skipped, seen.batches, seen.samples, seen.dropped, batches, seen.stopped, before, after
+    )
+
+
+def _check(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, such as a DataLoader or [x], got {type(data).__name__}")
+    if batches is not None and batches < 1:
+        raise ValueError(f"batches must be at least 1, or None for all, got {batches}")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance must be above 0, or None, got {tolerance}")
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+
+
+def _renewed(seen: Seen, skipped: dict[str, str]) -> dict[Site, Clusters]:
+    """Give what has been seen of which sites; the others join those that are skipped."""
+    if seen.batches + seen.dropped == 0:
+        raise ValueError("the data is empty: no batch came (a generator gives its batches only once)")
+    if seen.batches == 0:
+        raise ValueError(
+            f"none of the {seen.dropped} batches could be used: in {seen.culprit or 'another process'} the moments "
+            "were not finite, or too large for the dtype of its running statistics"
+        )
+    renewed = {}
+    for site, clusters in seen.clusters.items():
+        if site in seen.unfit:
+            skipped[site.name] = seen.unfit[site]
+        elif not bool((clusters.batches > 0).any()):
+            skipped[site.name] = "no forward called it"
+        elif not bool((clusters.total.count > 1).any()):
+            skipped[site.name] = "it saw one value a channel at most, which has no variance"
+        else:
+            renewed[site] = clusters
+    if not renewed:
+        raise ValueError(
+            "no layer saw anything to take statistics of" + "".join(f"\n  {n}: {r}" for n, r in skipped.items())
+        )
+    return renewed
+
+
+def _change(site: Site, clusters: Clusters) -> LayerChange:
+    """Compare a site's statistics, which are still the old ones, with what was seen."""
+    total, enough = clusters.total, clusters.total.count > 1
+    variance = (total.biased_variance if site.biased else total.unbiased_variance)[enough]
+    scale = (variance + site.eps).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    mean_change = (total.mean[enough] - site.mean[enough].double()).abs() / scale
+    scale_change = ((site.var[enough].double() + site.eps).sqrt() / scale - 1).abs()
+    mean_error, variance_error = clusters.errors(site.eps)
+    count = total.count if total.count.dim() == 1 else total.count.sum(0)
+    return LayerChange(
+        float(count.max()), _over_channels(mean_change), _over_channels(scale_change),
+        float(mean_error[enough].max()), float(variance_error[enough].max()),
+    )  # fmt: skip
+
+
+def _over_channels(change: Tensor) -> Change:
+    change = change.nan_to_num(nan=math.inf, posinf=math.inf)
+    return Change(float(change.max()), float(change.square().mean().sqrt()))
+
+
+def _in_evaluation(model: nn.Module, metric: Callable[[nn.Module], float]) -> float:
+    with preserved(model):
+        evaluation(model)
+        return float(metric(model))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Call a model itself rather than what makes it parallel, which would send buffers to other processes."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    inner: nn.Module = model.module if isinstance(model, wrappers) else model
+    return inner
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Let compiled models run as they are written: what was compiled does not know hooks that came later."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return _plain(value._asdict()) if hasattr(value, "_asdict") else [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
