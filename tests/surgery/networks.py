@@ -118,3 +118,38 @@ class Undecided(nn.Module):
         if x.sum() > 1e9:
             x = x - 1
         return self.second(self.act(self.norm(self.conv(x)))).mean((2, 3))
+
+
+class Branches(nn.Module):
+    """As in Inception: convolutions of several sizes beside each other, and what they find concatenated."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.one = self.unit(inputs, 3, 1)
+        self.three = nn.Sequential(self.unit(inputs, 2, 1), self.unit(2, 3, (1, 3)), self.unit(3, 3, (3, 1)))
+        self.pooled = self.unit(inputs, 2, 1)
+
+    @staticmethod
+    def unit(inputs: int, outputs: int, kernel: Any) -> nn.Module:
+        conv = nn.Conv2d(inputs, outputs, kernel, padding="same", bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps=1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        three = self.three(x)
+        pooled = self.pooled(F.avg_pool2d(x, 3, 1, 1))
+        return torch.cat([F.relu(self.one(x)), F.relu(three), F.relu(pooled)], 1)
+
+
+class Inception(nn.Module):
+    """With a dropout that looks at the mode, and a head of its own for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Branches(2)
+        self.second = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.branches = Branches(4).three
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.branches(F.dropout(self.second(self.first(x)), 0.2, self.training))
+        return self.head(x.mean((2, 3)))

@@ -7,9 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TRANSPOSED", "along_inputs", "along_outputs", "channels_of", "constant_through", "line", "line_of"]
+__all__ = [
+    "TRANSPOSED", "along_inputs", "along_outputs", "channels_of", "constant_through", "is_linear_map", "line",
+    "line_of",
+]  # fmt: skip
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a module is torch.nn's convolution or linear layer, or a subclass that computes the same."""
+    kind = type(module)
+    base = next((base for base in _KINDS if isinstance(module, base)), None)
+    if base is None or kind is base:
+        return base is not None
+    same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+    return same and not kind.__module__.startswith("torch.")  # torch's own are lazy, quantized or parametrized
 
 
 def line(

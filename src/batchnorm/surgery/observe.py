@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +20,8 @@ __all__ = ["Witness", "observed", "witnessed"]
 # Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
 _GETTERS = {getattr(Tensor, name).__get__ for name in _VALUES}
+# In evaluation they hand on what they are given.
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 Found = tuple[nn.Module, Activation]
@@ -29,10 +32,16 @@ class Witness(TorchFunctionMode):
 
     Attributes:
         readers: for every layer, what read each of its outputs: activation modules, or anything else's name.
+        fed: for every activation module, the layers whose outputs it read; None stands for anything else.
+        touched: the ids of those of the ``parameters`` that something else than an activation module read.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], activations: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], activations: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = ()
+    ) -> None:
         super().__init__()
+        self.touched: set[int] = set()
+        self._parameters = {id(p) for p in parameters}
         self.readers: dict[nn.Module, list[list[nn.Module | str]]] = {layer: [] for layer in layers}
         self.fed: dict[nn.Module, set[nn.Module | None]] = {activation: set() for activation in activations}
         self._outputs: dict[int, tuple[Tensor, nn.Module, list[nn.Module | str]]] = {}
@@ -63,13 +72,23 @@ class Witness(TorchFunctionMode):
         if args and output is args[0]:  # in place: who reads it now reads the activation's
             self._outputs.pop(id(output), None)
 
+    def returned(self, results: Any) -> None:
+        """Note that the model gives some outputs of layers away."""
+        for tensor in torch.utils._pytree.tree_leaves(results):
+            if id(tensor) in self._outputs:
+                self._outputs[id(tensor)][2].append("who called the model")
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         silent = getattr(func, "__name__", "") == "__get__" and func not in _GETTERS
+        result = func(*args, **(kwargs or {}))
+        silent = silent or (func in _DROPOUTS and bool(args) and result is args[0])
         if not self._within and not silent:
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
                 if id(tensor) in self._outputs:
                     self._outputs[id(tensor)][2].append(getattr(func, "__name__", str(func)))
-        return func(*args, **(kwargs or {}))
+                if id(tensor) in self._parameters:
+                    self.touched.add(id(tensor))
+        return result
 
     def verdict(self, layer: nn.Module) -> nn.Module | str:
         """The activation that is all that ever reads a layer's output, and reads nothing else; or why there is none."""
@@ -125,7 +144,7 @@ def witnessed(
     witness.attach()
     for training in (True, False):
         with seeded(twin), using("aten"), witness:
-            forward(twin.train(training), inputs)
+            witness.returned(forward(twin.train(training), inputs))
     verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
     return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
 

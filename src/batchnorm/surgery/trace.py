@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.surgery.find import is_batch_norm, shadow
+from batchnorm.surgery.line import is_linear_map
 
 __all__ = ["UntraceableError", "is_container", "takes_fixed_arguments", "trace"]
 
@@ -26,7 +27,9 @@ class UntraceableError(Exception):
 def is_container(module: nn.Module) -> bool:
     """Whether a module is not a building block of torch.nn, and so may be looked into."""
     return isinstance(module, nn.Sequential) or not (
-        type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) or is_batch_norm(module)
+        type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        or is_batch_norm(module)
+        or is_linear_map(module)
     )
 
 
@@ -37,7 +40,7 @@ def takes_fixed_arguments(module: nn.Module) -> bool:
     return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
+def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False)) -> fx.Graph:
     """Record what a module's forward does with its arguments.
 
     Tracing runs the forward once and believes what happened. So it runs twice, in training with gradients and in
@@ -46,12 +49,13 @@ def trace(module: nn.Module, leaf: Leaf) -> fx.Graph:
     Args:
         module: it is left as it was.
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
+        modes: in which modes to run it, training (True) or evaluation, where one of them alone is asked about.
 
     Raises:
         UntraceableError: with the reason.
     """
     graphs = []
-    for training in (True, False):
+    for training in modes:
         try:
             twin, parts = shadow(module)
         except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy

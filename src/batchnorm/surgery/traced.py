@@ -30,13 +30,13 @@ class Tracing:
         rewritten: the modules whose forward was replaced.
     """
 
-    def __init__(self, model: nn.Module, calls: Calls | None) -> None:
+    def __init__(self, model: nn.Module, calls: Calls | None, modes: tuple[bool, bool] = (True, False)) -> None:
         self.fused: dict[nn.Module, str] = {}
         self.methods: dict[nn.Module, str] = {}
         self.reasons: dict[nn.Module, str] = {}
         self.unseen: dict[nn.Module, str] = {}
         self.rewritten: list[nn.Module] = []
-        self._model, self._calls, self._names = model, calls, names_of(model)
+        self._model, self._calls, self._names, self._modes = model, calls, names_of(model), modes
         self._opaque: dict[nn.Module, str] = {}  # what cannot be traced, and why
         self._blind: dict[nn.Module, str] = {}  # what can be traced from outside only
         self._graphs: dict[nn.Module, tuple[fx.Graph, Leaf]] = {}
@@ -100,7 +100,7 @@ class Tracing:
             return
         for leaf in self._leaves():
             try:
-                self._graphs[module] = trace(module, leaf), leaf
+                self._graphs[module] = trace(module, leaf, self._modes), leaf
             except UntraceableError as error:
                 self._opaque[module] = str(error)
             else:
@@ -207,10 +207,10 @@ class Tracing:
             if seen is self._model:
                 self.reasons[layer] = "its output is the model's"
             else:
-                self.unseen[layer] = self._blind_spot(layer if seen is None else seen)
+                self.unseen[layer] = self.blind_spot(layer if seen is None else seen)
 
-    def _blind_spot(self, module: nn.Module) -> str:
-        """Which module around this one could not be traced."""
+    def blind_spot(self, module: nn.Module) -> str:
+        """Which module around this one could not be traced, and why."""
         name = self.name(module)
         if hooks_of(module) and module is not self._model:
             return f"{name} has hooks, which see its output"

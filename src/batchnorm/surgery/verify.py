@@ -6,13 +6,13 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
 from batchnorm.surgery.example import forward, seeded
 
-__all__ = ["Errors", "check"]
+__all__ = ["Errors", "check", "evaluated", "largest_difference"]
 
 _MAGNIFIED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
@@ -54,9 +54,25 @@ def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool) -> Err
     outputs = gradients = 0.0
     for training in (True, False):
         right, found = (_run(model, inputs, training, wide) for model in (before, after))
-        outputs = max(outputs, _distance(found[0], right[0]))
-        gradients = max(gradients, _distance(found[1], right[1]))
+        outputs = max(outputs, largest_difference(found[0], right[0]))
+        gradients = max(gradients, largest_difference(found[1], right[1]))
     return Errors(outputs, gradients)
+
+
+def evaluated(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The floating-point outputs of a copy of a model in evaluation, by torch's own operators.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    twin = copy.deepcopy(model)
+    if not isinstance(twin, fx.GraphModule):
+        twin.train().eval()  # some keep what they computed last until they train again
+    with seeded(model), using("aten"), torch.no_grad():
+        outputs = [y for y in tree_leaves(forward(twin, inputs)) if isinstance(y, Tensor) and y.is_floating_point()]
+    if not outputs:
+        raise ValueError("the model returned no floating-point tensor that could be compared")
+    return outputs
 
 
 def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -85,7 +101,7 @@ def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> tuple[lis
     return [*(y.detach() for y in outputs), *buffers], gradients
 
 
-def _distance(found: list[Tensor], right: list[Tensor]) -> float:
+def largest_difference(found: list[Tensor], right: list[Tensor]) -> float:
     """The largest difference, relative to the tensor's largest value, or to a thousandth of all tensors' largest."""
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")
