@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics import Sync as Sync
     from batchnorm.statistics import Warmup as Warmup
     from batchnorm.study.compare import compare as compare
+    from batchnorm.surgery.adapt import adapt as adapt
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
     from batchnorm.surgery.domains import add_domain as add_domain
@@ -58,6 +59,7 @@ _HOME = {
     "mask_from_lengths": "batchnorm.masks",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
+    "adapt": "batchnorm.surgery.adapt",
     "convert": "batchnorm.surgery.convert",
     "freeze": "batchnorm.surgery.freeze",
     "frozen_statistics": "batchnorm.surgery.freeze",
