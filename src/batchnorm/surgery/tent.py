@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery.batches import Forward, call, moved
-from batchnorm.surgery.freeze import frozen_statistics
 from batchnorm.surgery.measure import normalize_with_the_batch
 from batchnorm.surgery.predictions import entropy, scores
+from batchnorm.surgery.preserve import preserved
 
 __all__ = ["affine_of", "learn"]
 
@@ -32,8 +32,8 @@ def learn(
 ) -> None:
     """Minimise the mean entropy of the predictions over the layers' weights and biases, batch after batch, with Adam.
 
-    The layers normalize with their batch, everything else is in evaluation. Works within ``preserved``, which must
-    keep the parameters, on a model in evaluation.
+    The layers normalize with their batch, everything else is in evaluation. Of a model in evaluation nothing else
+    changes, nor do weights and biases come back.
 
     Raises:
         ValueError: an entropy that is not finite, or that depends on none of the parameters.
@@ -42,12 +42,12 @@ def learn(
     Source: Wang et al. 2021, "Tent: Fully Test-Time Adaptation by Entropy Minimization", arXiv 2006.10726.
     """
     learned = list({p: None for layer in layers for p in affine_of(layer).values()})
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in learned:
-        parameter.requires_grad_()
     optimizer = torch.optim.Adam(learned, lr=lr)
-    with frozen_statistics(model), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model), torch.inference_mode(False), torch.enable_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in learned:
+            parameter.requires_grad_()
         for layer in layers:
             normalize_with_the_batch(layer)
         for number, batch in enumerate(batches, 1):
