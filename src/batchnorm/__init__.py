@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from batchnorm.masks import mask_from_lengths as mask_from_lengths
     from batchnorm.memory import keep_freed_memory as keep_freed_memory
     from batchnorm.moments import Moments as Moments
+    from batchnorm.ports import ported as ported
     from batchnorm.statistics import Accumulated as Accumulated
     from batchnorm.statistics import Batch as Batch
     from batchnorm.statistics import Ghost as Ghost
@@ -57,6 +58,7 @@ _HOME = {
     "Moments": "batchnorm.moments",
     **dict.fromkeys(("Accumulated", "Batch", "Ghost", "Renorm", "Sync", "Warmup"), "batchnorm.statistics"),
     "mask_from_lengths": "batchnorm.masks",
+    "ported": "batchnorm.ports",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
     "adapt": "batchnorm.surgery.adapt",
