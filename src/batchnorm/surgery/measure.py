@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchnorm.arguments import check_mask
 from batchnorm.kernels import cpu, plans
 from batchnorm.kernels.choice import which
 from batchnorm.layers import _Ours
@@ -75,8 +76,10 @@ class Watch:
             channels = site.mean.shape[0]
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or x.shape[1] != channels:
                 what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                self.unfit[site] = f"it was called with {what}, not with ({', '.join(('N', str(channels), '…'))})"
+                self.unfit[site] = f"it was called with {what}, not with (N, {channels}, …)"
             elif x.numel() > 0:
+                if mask is not None:
+                    check_mask(mask, x)
                 self._add(site, moments_of(x, mask))
             self._count(layer)
 
@@ -137,7 +140,7 @@ def _of_steps(norm: Norm, sizes: list[int], rows: int) -> Moments:
     own = min(T, rows - 1)
     for to, values in ((found.count, steps.count), (found.mean, steps.mean), (found.m2, steps.m2)):
         to[:own] = values[:own]
-    if T > own:
+    if own < T:
         last = Moments(steps.count[own:], steps.mean[own:], steps.m2[own:]).merged(0)
         found.count[-1], found.mean[-1], found.m2[-1] = last.count, last.mean, last.m2
     return found

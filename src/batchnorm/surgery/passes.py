@@ -57,7 +57,7 @@ class Seen:
         batches, samples, dropped: that counted, that were in them, that were left out for not being finite.
         stopped: what ended it.
         unfit: for sites that cannot be measured, the reason.
-        culprit: the last layer with moments that were not finite.
+        culprit: the first layer with moments that were not finite.
     """
 
     clusters: dict[Site, Clusters]
@@ -70,8 +70,9 @@ class Seen:
 
     def add(self, seen: dict[Site, Any], size: int) -> None:
         """Add one batch, unless anything in it is not finite."""
-        self.culprit = next((s.name for s, moments in seen.items() if not finite(moments, s)), None) or self.culprit
-        if any(not finite(moments, site) for site, moments in seen.items()):
+        culprit = next((site.name for site, moments in seen.items() if not finite(moments, site)), None)
+        if culprit is not None:
+            self.culprit = self.culprit or culprit
             self.dropped += 1
             return
         for site, moments in seen.items():
@@ -133,7 +134,7 @@ def layer_by_layer(
     Raises:
         ValueError: if the data can be run through once only.
     """
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError(
             f"data is a {type(data).__name__}, which ends after one pass, and method='layerwise' needs one for each "
             "layer: give a list of batches or a DataLoader"
@@ -143,16 +144,18 @@ def layer_by_layer(
         own.setdefault(site.layer_name, []).append(site)
     how.passes = 1 + len(own)
     calls = _calls(model, data, sites, how)
+    order = processes.agreed(list(calls))
+    how.passes = 1 + len(order)
     whole = Seen({site: Clusters.empty(tuple(site.mean.shape), site.mean.device) for site in sites})
     left = list(own)
-    for name in processes.agreed(list(calls)):
+    for name in order:
         rest = [site for other in left for site in own[other]]
         with _measuring(model, own[name], rest, calls.get(name)) as watch:
             seen = _pass(model, data, own[name], watch, how, processes)
         whole.clusters.update(seen.clusters)
         whole.unfit.update(seen.unfit)
         whole.batches, whole.samples = max(whole.batches, seen.batches), max(whole.samples, seen.samples)
-        whole.dropped, whole.culprit = max(whole.dropped, seen.dropped), seen.culprit or whole.culprit
+        whole.dropped, whole.culprit = max(whole.dropped, seen.dropped), whole.culprit or seen.culprit
         whole.stopped = seen.stopped
         left.remove(name)
         for site in own[name]:

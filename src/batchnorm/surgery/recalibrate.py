@@ -62,6 +62,7 @@ class Recalibrated:
             several sets, ``lstm.hh_l0``.
         skipped: the name of every batch normalization layer that was left as it was, and why.
         batches, samples: that the statistics are of, from all processes.
+        allowed: how many batches could have been taken, in every process; None for all.
         skipped_batches: that were left out, since a layer's moments were not finite.
         stopped: what came first: the end of the "data", the number of "batches", or the "tolerance".
         metric_before, metric_after: in evaluation, if a metric was given.
@@ -72,12 +73,15 @@ class Recalibrated:
     batches: int
     samples: int
     skipped_batches: int = 0
+    allowed: int | None = None
     stopped: Stopped = "data"
     metric_before: float | None = None
     metric_after: float | None = None
 
     def __str__(self) -> str:
-        ends = {"data": "the data ended", "batches": "as many as were allowed", "tolerance": "precise enough"}
+        short = self.stopped == "data" and self.allowed is not None
+        ended = f"the data ended before the {self.allowed} that were allowed" if short else "the data ended"
+        ends = {"data": ended, "batches": "as many as were allowed", "tolerance": "precise enough"}
         lines = [
             f"{len(self.layers)} recalibrated, {len(self.skipped)} left: "
             f"{self.batches} batches, {self.samples} samples ({ends[self.stopped]})"
@@ -88,8 +92,9 @@ class Recalibrated:
             lines.append(f"  metric: {self.metric_before:.6g} before, {self.metric_after:.6g} after")
         for name, layer in self.layers.items():
             lines.append(
-                f"  {name or '(the model)'}: mean moved by {layer.mean_change.max:.2g} deviations at most, deviation by "
-                f"{layer.scale_change.max:.1%}; standard errors {layer.mean_error:.2g}, {layer.variance_error:.2g}"
+                f"  {name or '(the model)'}: mean moved by {layer.mean_change.max:.2g} deviations at most, "
+                f"deviation by {layer.scale_change.max:.1%}; "
+                f"standard errors {layer.mean_error:.2g}, {layer.variance_error:.2g}"
             )
         lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -154,9 +159,10 @@ def recalibrate(
     "layerwise", the same section's remark that statistics of deeper layers depend on those before.
     """
     _check(data, batches, tolerance, method)
-    sites, skipped = sites_of(model, layers)
     how = How(forward, batches, tolerance, progress)
-    with Processes(process_group, sites[0].mean.device) as processes, torch.no_grad():
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with Processes(process_group, device) as processes, torch.no_grad():
+        sites, skipped = sites_of(model, layers)
         with preserved(model), _as_written():
             before = None if metric is None else _in_evaluation(model, metric)
             seen = _METHODS[method](_unwrapped(model), data, sites, how, processes)
@@ -169,7 +175,9 @@ def recalibrate(
         with uninterrupted():
             for site, clusters in renewed.items():
                 write(site, clusters)
-    return Recalibrated(changes, skipped, seen.batches, seen.samples, seen.dropped, seen.stopped, before, after)
+    return Recalibrated(
+        changes, skipped, seen.batches, seen.samples, seen.dropped, batches, seen.stopped, before, after
+    )
 
 
 def _check(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:
@@ -189,8 +197,8 @@ def _renewed(seen: Seen, skipped: dict[str, str]) -> dict[Site, Clusters]:
         raise ValueError("the data is empty: no batch came (a generator gives its batches only once)")
     if seen.batches == 0:
         raise ValueError(
-            f"none of the {seen.dropped} batches could be used: in {seen.culprit or 'another process'} the moments were "
-            "not finite, or too large for the dtype of its running statistics"
+            f"none of the {seen.dropped} batches could be used: in {seen.culprit or 'another process'} the moments "
+            "were not finite, or too large for the dtype of its running statistics"
         )
     renewed = {}
     for site, clusters in seen.clusters.items():
