@@ -84,7 +84,9 @@ def test_keras_in_evaluation(keras: dict[str, np.ndarray], number: int, kind: ty
     assert layer.eps == OPTIONS[number].get("epsilon", 1e-3)
     assert layer.momentum == pytest.approx(1 - OPTIONS[number].get("momentum", 0.99), abs=1e-15)
     assert layer.affine == any(OPTIONS[number].get(name, True) for name in ("scale", "center"))
-    missing = [t for name, t in (("scale", layer.weight), ("center", layer.bias)) if not OPTIONS[number].get(name, True)]
+    missing = [
+        t for name, t in (("scale", layer.weight), ("center", layer.bias)) if not OPTIONS[number].get(name, True)
+    ]
     assert all(t is None or (t == t[0]).all() for t in missing)
 
 
@@ -119,11 +121,19 @@ def test_names_and_shapes(names: tuple[str, ...]) -> None:
         [1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]
     ]  # fmt: skip
     assert state["running_var"].dtype == torch.float64
-    assert list(nn.BatchNorm1d(**options).state_dict()) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert list(nn.BatchNorm1d(**options).state_dict()) == [
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ]
     assert set(state) == set(nn.BatchNorm1d(**options).state_dict())
 
 
-@pytest.mark.parametrize("array", [np.ones(3, np.float16), torch.ones(3, dtype=torch.bfloat16, requires_grad=True), [1] * 3])
+@pytest.mark.parametrize(
+    "array", [np.ones(3, np.float16), torch.ones(3, dtype=torch.bfloat16, requires_grad=True), [1] * 3]
+)
 def test_arrays_of_all_kinds_are_copied(array: Any) -> None:
     _, state = batchnorm.ported({"mean": array, "var": array}, decay=0.9, eps=1e-5)
     state["running_var"] += 1

@@ -35,7 +35,7 @@ class Ported(NamedTuple):
 def ported(arrays: Mapping[str, Any], *, decay: float, eps: float, count: float | None = None) -> Ported:
     """Convert the arrays and settings of a batch normalization layer of Keras, Flax, Haiku or Paddle.
 
-    In evaluation the layer gives what the original does. See docs/converting.md for each framework's names and defaults.
+    In evaluation the layer gives what the original does. docs/converting.md has each framework's names and defaults.
 
     Args:
         arrays: by their names there: gamma, beta, moving_mean, moving_variance; scale, bias, mean, var; and so on. Each

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from batchnorm.study.arms import Arm, batch_normalized, build
 from batchnorm.study.data import digits
 from batchnorm.study.results import Settings
 from batchnorm.study.train import accuracy, descend
+from batchnorm.surgery import adapt as adapt_module
 
 # Networks of random weights name few classes. What is warned of has its own tests, with a trained one.
 pytestmark = pytest.mark.filterwarnings("ignore:before adapting:UserWarning")
@@ -142,7 +144,7 @@ def test_undone_to_the_last_bit_and_nothing_else_moves(options: dict[str, Any], 
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -155,9 +157,9 @@ def test_with_blocks_end_it_also_by_an_exception(options: dict[str, Any]) -> Non
         with batchnorm.adapt(model, image(), **options) as adapted:
             assert not torch.equal(model[1].running_mean, before[0][8])
             assert "1" in adapted.layers
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         fail()
     assert_same(everything(model), before)
 
@@ -191,10 +193,7 @@ def test_tent_takes_adam_s_step_along_the_entropy() -> None:
 
     def run(x: Tensor) -> Tensor:
         for i, layer in enumerate(right):
-            if i in (1, 5):
-                x = F.batch_norm(x, None, None, layer.weight, layer.bias, True)
-            else:
-                x = layer(x)
+            x = F.batch_norm(x, None, None, layer.weight, layer.bias, True) if i in (1, 5) else layer(x)
         return x
 
     entropies = []
@@ -234,14 +233,29 @@ def test_reports() -> None:
     batchnorm.freeze(model[5])
     adapted = batchnorm.adapt(model, image())
     lines = str(adapted).splitlines()
-    assert lines[0] == (
-        "1 layers adapted by 'moments' to 20 samples in 1 batch, 1 left; the source's share is 0%"
-    )
+    assert lines[0] == ("1 layers adapted by 'moments' to 20 samples in 1 batch, 1 left; the source's share is 0%")
     assert lines[1].startswith("  1  mean off by ")
     assert lines[2] == "  5: left, it is frozen: batchnorm.unfreeze(model) before, to change it"
     told = json.loads(json.dumps(adapted.as_dict(), allow_nan=False))
     assert told["layers"]["1"]["count"] == 300
     assert told["entropy"][0] > 0
+
+
+def test_ctrl_c_in_the_last_moment_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    before = everything(model)
+    write = adapt_module._write
+
+    def interrupted(values: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write(values)
+        monkeypatch.setattr(adapt_module, "_write", write)
+
+    monkeypatch.setattr(adapt_module, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batchnorm.adapt(model, image())
+    assert adapt_module._write is write
+    assert_same(everything(model), before)
 
 
 # --- what is left, and what is special ---
@@ -368,9 +382,13 @@ def test_models_of_people() -> None:
         adapted = batchnorm.adapt(model, x)
         assert adapted.skipped == {}
         seen: list[Tensor] = []
+
+        def note(layer: Any, given: Any, y: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append((y - layer.bias[:, None, None]) / layer.weight[:, None, None])
+
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.register_forward_hook(lambda layer, given, y: seen.append((y - layer.bias[:, None, None]) / layer.weight[:, None, None]))
+                layer.register_forward_hook(note)
         model.eval()(x)
         assert len(seen) == len(adapted.layers)
         for y in seen:  # with the data's own statistics, every layer normalizes the data
@@ -432,7 +450,10 @@ def test_without_scores_tent_is_an_error_and_moments_are_not() -> None:
 
 @pytest.mark.parametrize(
     ("what", "said"),
-    [(lambda y: y * torch.inf, "the entropy is nan at step 1 of batch 1"), (lambda y: y.detach(), "depends on no weight")],
+    [
+        (lambda y: y * torch.inf, "the entropy is nan at step 1 of batch 1"),
+        (lambda y: y.detach(), "depends on no weight"),
+    ],
 )
 def test_entropies_that_teach_nothing(what: Callable[[Tensor], Tensor], said: str) -> None:
     model = Returns(what)
@@ -487,18 +508,35 @@ def test_models_that_have_nothing_to_adapt() -> None:
         batchnorm.adapt(batchnorm.recurrent.LSTM(2, 3, max_steps=2), torch.randn(2, 20, 2))
 
 
+def test_batches_that_do_not_say_how_many_samples_they_have() -> None:
+    class Batch:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    def forward(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch.x)
+
+    model, other = network(), network()
+    with pytest.raises(ValueError, match="no tensor with samples to count"):
+        batchnorm.adapt(model, [Batch(image())], forward=forward, prior=5)
+    adapted = batchnorm.adapt(model, [Batch(image())], forward=forward)
+    assert (adapted.batches, adapted.samples, adapted.warnings[1:]) == (1, 0, ())
+    batchnorm.adapt(other, image())
+    assert_same(everything(model), everything(other))
+
+
 # --- warnings ---
 
 
 @pytest.fixture(scope="module")
-def trained() -> Iterator[nn.Module]:
+def trained() -> nn.Module:
     """The network of the documentation, trained on digits; the forward is ATen's, which needs no compiling."""
     model = build(Arm("batch norm", batch_normalized), 0)
     batchnorm.revert(model)
     for _ in descend(model, digits().train, 0.1, 0, Settings(steps=120, batch=64, every=120)):
         pass
     assert accuracy(model.eval(), digits().test) > 0.9
-    yield model
+    return model
 
 
 def right(model: nn.Module, x: Tensor, labels: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Adapt a model's batch normalization to unlabelled data from another distribution, in place, so that it can be undone."""
+"""Adapt a model's batch normalization to unlabelled data from another distribution, in place, and take it back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments
@@ -97,7 +96,9 @@ class Adapted:
     def as_dict(self) -> dict[str, Any]:
         """Give the same for JSON, with None for numbers that are not finite."""
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        found: dict[str, Any] = _plain({**shown, "layers": {name: asdict(shift) for name, shift in self.layers.items()}})
+        found: dict[str, Any] = _plain(
+            {**shown, "layers": {name: asdict(shift) for name, shift in self.layers.items()}}
+        )
         return found
 
     def __str__(self) -> str:
@@ -228,8 +229,12 @@ def adapt(
     for text in warned:
         warnings.warn(text, UserWarning, stacklevel=2)
     before = [(layer, name, getattr(layer, name).detach().clone()) for layer, name, _ in after]
-    with uninterrupted():
-        _write(after)
+    try:
+        with uninterrupted():
+            _write(after)
+    except BaseException:  # a Ctrl-C that has waited: nobody would get the way back
+        _write(before)
+        raise
     return Adapted(method, layers, skipped, source, seen, predictions, warned, before)
 
 
@@ -241,7 +246,9 @@ def _check(method: str, given: dict[str, float]) -> None:
             of = next(other for other, options in _OPTIONS.items() if name in options)
             raise ValueError(f"{name} is an option of method={of!r}, and the method is {method!r}")
         if name == "steps" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"steps counts Adam's steps for each batch and must be an int of at least 1, got {value!r}")
+            raise ValueError(
+                f"steps counts Adam's steps for each batch and must be an int of at least 1, got {value!r}"
+            )
         lowest, highest = (0, 1) if name == "alpha" else (0, math.inf)
         if not lowest <= value <= highest or math.isinf(value) or (name == "lr" and value == 0):
             wanted = {"prior": "0 or more, and finite", "alpha": "from 0 to 1"}.get(name, "above 0, and finite")
@@ -251,9 +258,17 @@ def _check(method: str, given: dict[str, float]) -> None:
 def _share(method: Method, prior: float, alpha: float) -> Share:
     if method == "alpha":
         return lambda samples: alpha
-    if method == "moments" and prior > 0:
-        return lambda samples: prior / (prior + samples)
-    return lambda samples: 0.0
+    if method == "tent" or prior == 0:
+        return lambda samples: 0.0
+
+    def of_prior(samples: int) -> float:
+        if samples == 0:
+            raise ValueError(
+                "a batch holds no tensor with samples to count, and a prior is weighed against their number"
+            )
+        return prior / (prior + samples)
+
+    return of_prior
 
 
 def _batches(data: Any, method: Method) -> Iterable[Any]:
@@ -290,25 +305,26 @@ def _shift(site: Site, target: Moments) -> Shift:
     deviation = (site.var.double() + site.eps).sqrt()
     off = ((mean - site.mean) / deviation).square().mean().sqrt()
     scale = ((var + site.eps).sqrt() / deviation - 1).square().mean().sqrt()
-    return Shift(float(target.count.max()), *(float(t.nan_to_num(nan=math.inf)) for t in (off, scale)))
+    return Shift(float(target.count.max()), float(off.nan_to_num(math.inf)), float(scale.nan_to_num(math.inf)))
 
 
 def _warnings(seen: Target, source: float, predictions: Predictions) -> list[str]:
     texts = []
     behind = math.inf if source == 1 else seen.samples / (1 - source)
-    if behind < _FEW:
+    if 0 < behind < _FEW:
         texts.append(
             f"adapted to {seen.samples} samples, which with the source's share of {source:.0%} leaves statistics as "
-            f"noisy as those of {behind:.0f}: below {_FEW}, adapting tends to harm; give more data, or method='moments' "
-            f"with prior={_FEW} or more"
+            f"noisy as those of {behind:.0f}: below {_FEW}, adapting tends to harm; give more data, or "
+            f"method='moments' with prior={_FEW} or more"
         )
     narrow = predictions.samples >= _FEW and predictions.spread < _NARROW and predictions.after > predictions.before
     if narrow:
         commonest, part = predictions.commonest
         texts.append(
             f"before adapting, {part:.0%} of {predictions.samples} predictions were class {commonest}, and with these "
-            f"data's statistics they are less certain (entropy {predictions.before:.2f} before, {predictions.after:.2f} "
-            "after): adapting to data of few classes, such as sorted ones, harms; mix the data, or use prior="
+            f"data's statistics they are less certain (entropy {predictions.before:.2f} before, "
+            f"{predictions.after:.2f} after): adapting to data of few classes, such as sorted ones, harms; mix the "
+            "data, or use a large prior"
         )
     return texts
 

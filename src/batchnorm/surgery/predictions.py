@@ -12,7 +12,7 @@ __all__ = ["Predictions", "entropy", "scores"]
 
 
 def scores(output: Any) -> Tensor | None:
-    """Find the class scores in what a model returns: a tensor ``(N, classes, *space)``, or ``.logits``; None if none."""
+    """Find class scores ``(N, classes, *space)`` in what a model returns: that or its ``.logits``; None if neither."""
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.dim() < 2 or found.shape[1] < 2:
         return None

@@ -131,8 +131,9 @@ class _Watch:
     def _hook(self, site: Site) -> Any:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            fits = isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == len(site.mean) and x.numel() > 0
-            if self._source is None or not fits or not x.is_floating_point():
+            if self._source is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+                return
+            if x.dim() < 2 or x.shape[1] != len(site.mean):  # the layer will complain, or has a layout of its own
                 return
             mask = (kwargs.get("mask", args[2] if len(args) > 2 else None)) if isinstance(layer, _Ours) else None
             moments = moments_of(x, mask)
