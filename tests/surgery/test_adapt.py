@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import ResNet, Undecided, randomized
 from torch import Tensor, nn
 
@@ -94,14 +96,20 @@ def test_one_batch_follows_the_formula_layer_by_layer(
     assert (adapted.batches, adapted.samples, adapted.skipped_batches) == (1, 20, 0)
 
 
-def test_batches_of_any_sizes_are_merged_by_count() -> None:
-    model, x = network(), image(21)
-    right = mixture(model[1], model[0](x).detach(), 7 / 28)
-    adapted = batchnorm.adapt(model, [x[:1], x[1:8], (x[8:], torch.zeros(13))], prior=7)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 50))
+def test_batches_of_any_sizes_are_merged_by_count(sizes: list[int], prior: float) -> None:
+    model, x = network(), image(sum(sizes))
+    share = prior / (prior + len(x))
+    right = mixture(model[1], model[0](x).detach(), share)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of few samples, here
+        adapted = batchnorm.adapt(model, [(part, torch.zeros(len(part))) for part in x.split(sizes)], prior=prior)
     for found, wanted in zip(stats(model[1]), right, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert (adapted.batches, adapted.samples, adapted.source_share) == (3, 21, 0.25)
-    assert adapted.layers["1"].count == 21 * 15
+    assert (adapted.batches, adapted.samples) == (len(sizes), len(x))
+    assert adapted.source_share == pytest.approx(share)
+    assert adapted.layers["1"].count == 15 * len(x)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import BasicBlock, randomized
+from test_real_models import levit, resnet
 from torch import Tensor, nn
 
 import batchnorm
@@ -637,3 +638,72 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert (printed, process.returncode) == ("same\n", 0)
+
+
+# --- what it is for ---
+
+
+def test_stale_statistics_give_their_accuracy_back() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn has the digits")
+    from batchnorm.study.arms import ARMS, build
+    from batchnorm.study.data import digits, order
+    from batchnorm.study.train import accuracy
+
+    data, model = digits(), build(ARMS[1], seed=0)
+    batchnorm.revert(model)  # torch.nn's layers, which need not be compiled
+    for layer in norms(model).values():
+        layer.momentum = 0.001
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for indices in order(len(data.train), 100, 50, seed=0):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.train.images[indices]), data.train.labels[indices]).backward()
+        optimizer.step()
+    precise, stale = copy.deepcopy(model), accuracy(model, data.test)
+    loader = data.train.images.split(100)
+    with torch.no_grad():
+        for name, (mean, var) in oracle(model, list(loader)).items():
+            norms(precise)[name].running_mean.copy_(mean)
+            norms(precise)[name].running_var.copy_(var)
+    lost = accuracy(precise, data.test) - stale
+    assert lost > 0.2
+    for method in METHODS:
+        twin = copy.deepcopy(model)
+        report = batchnorm.recalibrate(twin, loader, method=method, metric=lambda m: accuracy(m, data.test))
+        assert report.metric_before == stale
+        assert report.metric_after - stale >= 0.9 * lost
+
+
+def test_uneven_batches_beside_update_bn() -> None:
+    x = torch.cat([torch.randn(128, 2, 4, 4), 5 + torch.randn(3, 2, 4, 4)])
+    right = x.double().mean((0, 2, 3)), x.double().transpose(0, 1).flatten(1).var(1)
+    ours, theirs = nn.Sequential(nn.BatchNorm2d(2)), nn.Sequential(nn.BatchNorm2d(2))
+    batchnorm.recalibrate(ours, x.split(64))
+    torch.optim.swa_utils.update_bn(x.split(64), theirs)
+    torch.testing.assert_close(ours[0].running_mean.double(), right[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[0].running_var.double(), right[1], rtol=1e-6, atol=1e-6)
+    assert (theirs[0].running_mean - right[0]).abs().min() > 1  # three samples weigh as much as 64
+    assert (theirs[0].running_var / right[1]).max() < 0.7  # and batches have no spread between them
+    assert ours[0].num_batches_tracked == theirs[0].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("make", [resnet, levit], ids=["resnet", "levit"])
+def test_models_of_transformers(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = randomized(make()).double()
+    data = [
+        {"pixel_values": torch.randn(n, 3, 32, 32, dtype=torch.float64) + n, "labels": torch.zeros(n)} for n in (4, 3)
+    ]
+    seen: dict[str, list[Tensor]] = {}
+    twin = copy.deepcopy(model).eval()
+    for name, layer in norms(twin).items():
+        layer.train()
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()))
+    for batch in data:
+        twin(batch["pixel_values"])
+    report = batchnorm.recalibrate(model, data)
+    assert set(report.layers) == set(seen)
+    assert set(norms(model)) == set(report.layers) | set(report.skipped)
+    for name in report.layers:
+        values = torch.cat([x.transpose(0, 1).flatten(1) for x in seen[name]], 1)
+        torch.testing.assert_close(norms(model)[name].running_mean, values.mean(1), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(norms(model)[name].running_var, values.var(1), rtol=1e-9, atol=1e-9)
