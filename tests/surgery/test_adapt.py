@@ -404,6 +404,21 @@ def test_models_of_people() -> None:
             torch.testing.assert_close(y.var((0, 2, 3)), torch.ones(y.shape[1]), atol=1e-2, rtol=0)
 
 
+def test_transformers_by_tent() -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="transformers is not there")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5
+    )
+    model = randomized(transformers.ResNetForImageClassification(config)).eval()
+    before = everything(model)
+    with batchnorm.adapt(model, {"pixel_values": torch.randn(20, 3, 32, 32)}, method="tent", steps=2) as adapted:
+        assert adapted.skipped == {}
+        assert len(adapted.layers) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        assert {shift.learned for shift in adapted.layers.values()} == {"weight and bias"}
+    assert_same(everything(model), before)
+
+
 def test_compiled_models() -> None:
     model, other = network(), network()
     compiled = torch.compile(model, backend="eager")

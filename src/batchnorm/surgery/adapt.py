@@ -157,7 +157,7 @@ def adapt(
             is used, of a dict what the model names. For tent, an iterator is kept in memory as a list.
         method: see above.
         prior: for moments: N, how many samples the source's statistics count for; 0 by default.
-        alpha: for alpha: the source's share, from 0 to 1; 0.5 by default, which is not the paper's choice.
+        alpha: for alpha: the source's share, from 0 to 1; 0.5 by default, which is our choice and not the paper's.
         steps: for tent: steps for each batch; 1 by default.
         lr: for tent: Adam's learning rate; 1e-3 by default. Both are those of the authors' code for CIFAR-10-C.
         forward: how the model is called, ``forward(model, batch)``.
