@@ -449,6 +449,15 @@ def test_budgets_and_progress() -> None:
     assert (report.stopped, report.batches) == ("data", 3)
     assert "the data ended before the 100 that were allowed" in str(report)
     told.clear()
+
+    class Endless(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(batches()[0])
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=16)  # whose len() raises
+    batchnorm.recalibrate(model, loader, progress=lambda *done: told.append(done))
+    assert told == [(n, None) for n in (1, 2, 3, 4)]
+    told.clear()
     batchnorm.recalibrate(model, batches(), batches=2, method="layerwise", progress=lambda *done: told.append(done))
     assert told[0] == (1, 10)
     assert told[-1] == (10, 10)
@@ -480,7 +489,7 @@ def test_half_precision() -> None:
     x = torch.cat(data).double()
     assert model[0].running_mean.dtype == torch.bfloat16
     assert torch.equal(model[0].running_mean, x.mean((0, 2, 3)).bfloat16())
-    before = everything(model.half())
+    before = everything(model.half())  # whose running statistics torch.nn lets become half precision
     with pytest.raises(ValueError, match=r"none of the 1 batches could be used: in 0 the moments were not finite, or"):
         batchnorm.recalibrate(model, [torch.tensor([6e4, -6e4]).half().view(2, 1, 1, 1).expand(2, 2, 1, 1)])
     assert_same(everything(model), before)
@@ -508,6 +517,16 @@ def test_bad_input(error: type[Exception], message: str, make: Callable[[], Any]
     with pytest.raises(error, match=message):
         batchnorm.recalibrate(model, **given)
     assert_same(everything(model), before)
+
+
+def test_a_layer_that_makes_infinities_is_named() -> None:
+    model = network()
+    before = everything(model)
+    model.block.conv2.weight.data[0, 0, 0, 0] = before["values"]["block.conv2.weight"][0, 0, 0, 0] = math.inf
+    for method in METHODS:
+        with pytest.raises(ValueError, match=r"none of the 3 batches could be used: in block\.bn2 the moments"):
+            batchnorm.recalibrate(model, batches(), method=method)
+        assert_same(everything(model), before)
 
 
 def test_bad_models_and_methods() -> None:
@@ -674,6 +693,7 @@ def test_stale_statistics_give_their_accuracy_back() -> None:
 
 
 def test_uneven_batches_beside_update_bn() -> None:
+    torch.manual_seed(0)
     x = torch.cat([torch.randn(128, 2, 4, 4), 5 + torch.randn(3, 2, 4, 4)])
     right = x.double().mean((0, 2, 3)), x.double().transpose(0, 1).flatten(1).var(1)
     ours, theirs = nn.Sequential(nn.BatchNorm2d(2)), nn.Sequential(nn.BatchNorm2d(2))
@@ -682,7 +702,7 @@ def test_uneven_batches_beside_update_bn() -> None:
     torch.testing.assert_close(ours[0].running_mean.double(), right[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours[0].running_var.double(), right[1], rtol=1e-6, atol=1e-6)
     assert (theirs[0].running_mean - right[0]).abs().min() > 1  # three samples weigh as much as 64
-    assert (theirs[0].running_var / right[1]).max() < 0.7  # and batches have no spread between them
+    assert (theirs[0].running_var / right[1]).max() < 0.8  # and batches have no spread between them
     assert ours[0].num_batches_tracked == theirs[0].num_batches_tracked == 3
 
 

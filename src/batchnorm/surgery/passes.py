@@ -42,10 +42,15 @@ class How:
         self.done += 1
         if self.progress is None:
             return
-        total = len(data) if isinstance(data, Sized) else self.batches
-        if total is not None and self.batches is not None:
-            total = min(total, self.batches)
-        self.progress(self.done, None if total is None else total * self.passes)
+        known = [n for n in (_length(data), self.batches) if n is not None]
+        self.progress(self.done, min(known) * self.passes if known else None)
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset has a length that raises
+        return None
 
 
 @dataclass
@@ -152,6 +157,8 @@ def layer_by_layer(
         rest = [site for other in left for site in own[other]]
         with _measuring(model, own[name], rest, calls.get(name)) as watch:
             seen = _pass(model, data, own[name], watch, how, processes)
+        if seen.batches == 0:
+            return seen  # which is an error for whoever asked
         whole.clusters.update(seen.clusters)
         whole.unfit.update(seen.unfit)
         whole.batches, whole.samples = max(whole.batches, seen.batches), max(whole.samples, seen.samples)

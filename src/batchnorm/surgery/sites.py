@@ -87,15 +87,12 @@ def _under(name: str, prefix: str) -> bool:
 def _obstacle(layer: Any, model: nn.Module) -> str | None:
     if is_frozen(layer):
         return "it is frozen: batchnorm.unfreeze(model) before, to change it"
-    if isinstance(layer, Recurrent):
-        return None
-    if not isinstance(layer, nn.modules.batchnorm._BatchNorm) and (
-        "Frozen" in type(layer).__name__ or not hasattr(layer, "momentum")
-    ):
+    recurrent = isinstance(layer, Recurrent)
+    known = recurrent or isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    if not known and ("Frozen" in type(layer).__name__ or not hasattr(layer, "momentum")):  # torchvision has such ones
         return f"{type(layer).__name__} never moves its statistics"
-    if not isinstance(getattr(layer, "running_mean", None), Tensor) or not isinstance(
-        getattr(layer, "running_var", None), Tensor
-    ):
+    buffers = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
+    if not recurrent and not all(isinstance(t, Tensor) for t in buffers):
         return "it has no running statistics: it normalizes with the batch's in evaluation, too"
     if model.training and not layer.training:
         return "it is held in evaluation while the model trains: call model.eval() before, to change it"
