@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from batchnorm.masks import mask_from_lengths as mask_from_lengths
     from batchnorm.memory import keep_freed_memory as keep_freed_memory
     from batchnorm.moments import Moments as Moments
+    from batchnorm.ports import ported as ported
     from batchnorm.statistics import Accumulated as Accumulated
     from batchnorm.statistics import Batch as Batch
     from batchnorm.statistics import Ghost as Ghost
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from batchnorm.statistics import Sync as Sync
     from batchnorm.statistics import Warmup as Warmup
     from batchnorm.study.compare import compare as compare
+    from batchnorm.surgery.adapt import adapt as adapt
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
     from batchnorm.surgery.domains import add_domain as add_domain
@@ -59,8 +61,10 @@ _HOME = {
     "Moments": "batchnorm.moments",
     **dict.fromkeys(("Accumulated", "Batch", "Ghost", "Renorm", "Sync", "Warmup"), "batchnorm.statistics"),
     "mask_from_lengths": "batchnorm.masks",
+    "ported": "batchnorm.ports",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
+    "adapt": "batchnorm.surgery.adapt",
     "convert": "batchnorm.surgery.convert",
     "fold": "batchnorm.surgery.fold",
     "freeze": "batchnorm.surgery.freeze",
