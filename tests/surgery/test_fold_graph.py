@@ -174,6 +174,43 @@ def test_what_does_not_follow_a_convolution_says_so() -> None:
         assert torch.equal(folded(x), model(x))
 
 
+class Tokens(nn.Module):
+    """As in LeViT: the features of all positions are normalized, which only views bring into dimension 1."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(6, channels, bias=False), nn.BatchNorm1d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x.flatten(1, 2))
+        return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+
+class Mixed(Tokens):
+    """Views that do not keep the features apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2)
+        turned = self.linear(x).transpose(1, 2).reshape(-1, 4)
+        return self.bn(turned) + self.bn(self.linear(x).view(2, 24, 2).view(-1, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "decomposed"])
+def test_views_between(decomposed: bool) -> None:
+    model, x = made(Tokens), image(2, 2, 6, 6)
+    folded, done, left = fold_graph(exported(model, x, decomposed))
+    assert done == {"bn": "into linear"}
+    assert left == {}
+    assert_same(folded(x), model(x))
+    model = made(Mixed)
+    folded, done, left = fold_graph(exported(model, x, decomposed))
+    assert done == {}
+    assert len(left) == 2
+    assert all("it follows" in why for why in left.values())
+    assert_same(folded(x), model(x))
+
+
 class Twice(nn.Module):
     """One convolution, used twice, with a layer for each use."""
 

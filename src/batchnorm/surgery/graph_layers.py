@@ -50,6 +50,7 @@ _SOURCES: dict[Any, tuple[str, ...]] = {
     aten.addmm.default: ("bias", "input", "weight"),
     aten.mm.default: ("input", "weight"),
 }
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PRODUCTS = (aten.addmm.default, aten.mm.default)
 
@@ -240,7 +241,7 @@ class GraphLayers:
 
     def source_of(self, norm: Norm) -> Source:
         """Give the convolution or linear layer that can take a batch normalization over, or refuse."""
-        node = norm.given
+        node, reader = _before_views(norm)
         part = self._modules.get(str(node.target)) if node.op == "call_module" else None
         if type(part) in _KINDS:
             source = self._source_module(node, part)
@@ -249,14 +250,16 @@ class GraphLayers:
         else:
             what = type(part).__name__ if part is not None else getattr(node.target, "__name__", node.target)
             raise RefusalError(f"it follows {what}, not a convolution or linear layer")
-        if set(node.users) != {norm.node}:
+        if {user for user in node.users if not _asks_for_shape(user, node)} != {reader}:
             raise RefusalError(f"others read what {source.name} gives, too")
         self._check_alone(source)
         weight, channels = source.weight.value, norm.mean.numel()
         outputs = weight.shape[1] * source.groups if source.transposed else weight.shape[0]
         if outputs != channels:
             raise RefusalError(f"{source.name} has {outputs} channels, not {channels}")
-        form = node.meta.get("val", node.meta.get("tensor_meta"))
+        if reader is not norm.node and (source.transposed or weight.dim() != 2):
+            raise RefusalError(f"it follows {reader.name}, not a convolution or linear layer")
+        form = norm.given.meta.get("val", norm.given.meta.get("tensor_meta"))
         if form is not None and hasattr(form, "shape") and len(form.shape) != weight.dim():
             raise RefusalError(f"{source.name} gives {tuple(form.shape)}, whose channels are not in dimension 1")
         return source
@@ -311,6 +314,25 @@ def bound(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
 def gives_several(node: fx.Node) -> bool:
     """Whether a batch normalization gives more than one tensor."""
     return isinstance(node.target, torch._ops.OpOverload) and len(node.target._schema.returns) > 1
+
+
+def _before_views(norm: Norm) -> tuple[Any, fx.Node]:
+    """What is normalized, before it was seen in other shapes of as many features, and who reads it.
+
+    A linear layer's (N, L, C) may be normalized as (N · L, C).
+    """
+    node, reader = norm.given, norm.node
+    while node.target in _VIEWS and set(node.users) == {reader}:
+        before: Any = node.args[0]
+        shapes = [one.meta["val"].shape if "val" in one.meta else (0,) for one in (before, node)]
+        if shapes[0][-1:] != shapes[1][-1:] or shapes[0] == (0,):
+            break
+        node, reader = before, node
+    return node, reader
+
+
+def _asks_for_shape(user: fx.Node, node: fx.Node) -> bool:
+    return user.target is aten.reshape_as.default and user.args[0] is not node
 
 
 def _is_first(user: fx.Node) -> bool:
