@@ -20,9 +20,9 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
     Args:
         model: any module.
-        batch: what the data gives. A tensor, or a packed sequence, is the model's argument; of a tuple or list, as of inputs and targets,
-            the first element is; a dict holds keyword arguments, of which those that the model's forward does not
-            name are left out.
+        batch: what the data gives. A tensor, or a packed sequence, is the model's argument; of a tuple or list, as of
+            inputs and targets, the first element is; a dict holds keyword arguments, of which those that the model's
+            forward does not name are left out.
         forward: what to do instead, ``forward(model, batch)``.
     """
     if forward is not None:
@@ -42,10 +42,11 @@ def moved(batch: Any, model: nn.Module) -> Any:
     if first is None or first.is_meta:
         return batch
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    known = Tensor, PackedSequence
-    return tree_map(
-        lambda t: t.to(first.device) if isinstance(t, known) else t, batch, is_leaf=lambda t: isinstance(t, known)
-    )
+
+    def known(t: Any) -> bool:
+        return isinstance(t, (Tensor, PackedSequence))
+
+    return tree_map(lambda t: t.to(first.device) if known(t) else t, batch, is_leaf=known)
 
 
 def samples(batch: Any) -> int:
