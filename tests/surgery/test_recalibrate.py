@@ -420,7 +420,8 @@ def test_standard_errors_are_those_of_clusters(sizes: list[int], offset: float, 
     whole = Clusters.unpacked(halves[0].merged(halves[1]).packed())
     assert whole.batches == len(parts)
     for found, right in zip(whole.errors(1e-5), direct_errors(parts, 1e-5), strict=True):
-        assert float(found) == pytest.approx(right, rel=1e-6, abs=1e-9)
+        # A root of what rounding leaves of squares: where the error is 0, it is known to half the digits.
+        assert float(found) == pytest.approx(right, rel=1e-6, abs=1e-4)
 
 
 def test_standard_errors_say_how_far_off_the_statistics_are() -> None:
