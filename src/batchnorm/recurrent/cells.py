@@ -50,10 +50,10 @@ class LSTM(Recurrent):
     ``(max_steps,)``.
 
     Running statistics lag behind the weights, and over many steps the errors add up. The paper takes them over the
-    training data once training is done: ``reset_running_stats()``, ``momentum = None``, and a pass over it in
-    training mode. A hidden state of zeros has no variance at the first step, and a layer trained only so has none to
-    normalize another one with: train with states like those of evaluation. Where all sequences begin alike, as images
-    do that are read from a blank margin on, the paper's code can begin with noise: give it as ``hx``.
+    training data once training is done, as ``batchnorm.recalibrate`` does. A hidden state of zeros has no variance at
+    the first step, and a layer trained only so has none to normalize another one with: train with states like those of
+    evaluation. Where all sequences begin alike, as images do that are read from a blank margin on, the paper's code can
+    begin with noise: give it as ``hx``.
 
     Raises:
         ValueError: one sequence in training (an unbatched one, too), another dtype than the weights'.

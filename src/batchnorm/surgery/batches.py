@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Forward", "call", "inputs", "moved", "samples"]
@@ -19,9 +20,9 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
     Args:
         model: any module.
-        batch: what the data gives. A tensor is the model's argument; of a tuple or list, as of inputs and targets,
-            the first element is; a dict holds keyword arguments, of which those that the model's forward does not
-            name are left out.
+        batch: what the data gives. A tensor, or a packed sequence, is the model's argument; of a tuple or list, as of
+            inputs and targets, the first element is; a dict holds keyword arguments, of which those that the model's
+            forward does not name are left out.
         forward: what to do instead, ``forward(model, batch)``.
     """
     if forward is not None:
@@ -34,7 +35,7 @@ def inputs(model: nn.Module, batch: Any) -> tuple[Any, ...] | dict[str, Any]:
     """Return what :func:`call` gives to a model: a tuple of one argument, or keyword arguments."""
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name in _arguments(model, batch)}
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):  # which is a tuple, too
         if not batch:
             raise ValueError("a batch is an empty tuple: the first element should be the model's input")
         return (batch[0],)
@@ -47,11 +48,17 @@ def moved(batch: Any, model: nn.Module) -> Any:
     if first is None or first.is_meta:
         return batch
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return tree_map(lambda t: t.to(first.device) if isinstance(t, Tensor) else t, batch)
+
+    def known(t: Any) -> bool:
+        return isinstance(t, (Tensor, PackedSequence))
+
+    return tree_map(lambda t: t.to(first.device) if known(t) else t, batch, is_leaf=known)
 
 
 def samples(batch: Any) -> int:
     """How many samples a batch has: the first dimension of its first tensor that has one; 0 if there is none."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
     return next((t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() > 0), 0)
 
 
