@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from batchnorm.statistics import Sync as Sync
     from batchnorm.statistics import Warmup as Warmup
     from batchnorm.study.compare import compare as compare
-    from batchnorm.surgery.adapt import adapt as adapt
+    from batchnorm.surgery.adaptation.adapt import adapt as adapt
     from batchnorm.surgery.convert import convert as convert
     from batchnorm.surgery.convert import revert as revert
     from batchnorm.surgery.domains import add_domain as add_domain
     from batchnorm.surgery.domains import split_domains as split_domains
-    from batchnorm.surgery.fold import fold as fold
+    from batchnorm.surgery.folding.fold import fold as fold
+    from batchnorm.surgery.folding.tune import fold_frozen as fold_frozen
+    from batchnorm.surgery.folding.tune import unfold_frozen as unfold_frozen
     from batchnorm.surgery.freeze import freeze as freeze
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
-    from batchnorm.surgery.fuse import fuse as fuse
-    from batchnorm.surgery.recalibrate import recalibrate as recalibrate
+    from batchnorm.surgery.fusing.fuse import fuse as fuse
+    from batchnorm.surgery.recalibration.recalibrate import recalibrate as recalibrate
     from batchnorm.surgery.replace import replace as replace
-    from batchnorm.surgery.tune import fold_frozen as fold_frozen
-    from batchnorm.surgery.tune import unfold_frozen as unfold_frozen
 
 __version__ = "0.1.0"
 
@@ -64,19 +64,19 @@ _HOME = {
     "ported": "batchnorm.ports",
     "compare": "batchnorm.study.compare",
     "keep_freed_memory": "batchnorm.memory",
-    "adapt": "batchnorm.surgery.adapt",
+    "adapt": "batchnorm.surgery.adaptation.adapt",
     "convert": "batchnorm.surgery.convert",
-    "fold": "batchnorm.surgery.fold",
+    "fold": "batchnorm.surgery.folding.fold",
     "freeze": "batchnorm.surgery.freeze",
     "frozen_statistics": "batchnorm.surgery.freeze",
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
-    "fold_frozen": "batchnorm.surgery.tune",
-    "fuse": "batchnorm.surgery.fuse",
-    "recalibrate": "batchnorm.surgery.recalibrate",
+    "fold_frozen": "batchnorm.surgery.folding.tune",
+    "fuse": "batchnorm.surgery.fusing.fuse",
+    "recalibrate": "batchnorm.surgery.recalibration.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
-    "unfold_frozen": "batchnorm.surgery.tune",
+    "unfold_frozen": "batchnorm.surgery.folding.tune",
     "unfreeze": "batchnorm.surgery.freeze",
     "split_domains": "batchnorm.surgery.domains",
 }

@@ -25,7 +25,7 @@ from batchnorm.study.arms import Arm, batch_normalized, build
 from batchnorm.study.data import digits
 from batchnorm.study.results import Settings
 from batchnorm.study.train import accuracy, descend
-from batchnorm.surgery import adapt as adapt_module
+from batchnorm.surgery.adaptation import adapt as adapt_module
 
 # Networks of random weights name few classes. What is warned of has its own tests, with a trained one.
 pytestmark = pytest.mark.filterwarnings("ignore:before adapting:UserWarning")

@@ -13,7 +13,7 @@ from networks import BasicBlock, DenseNet, InvertedResidual, ResNet, randomized
 from torch import Tensor, fx, nn
 
 import batchnorm
-from batchnorm.surgery.fold_graph import fold_graph
+from batchnorm.surgery.folding.fold_graph import fold_graph
 
 ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-5}
 

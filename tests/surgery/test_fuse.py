@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm import kernels
-from batchnorm.surgery import traced
+from batchnorm.surgery.fusing import traced
 
 
 def image(channels: int = 2, side: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -420,7 +420,7 @@ class Twice(Undecided):
 
 @pytest.mark.parametrize(("make", "layer", "reason"), REASONS.values(), ids=REASONS.keys())
 def test_reasons(make: Callable[[], nn.Module], layer: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.surgery.fuse.check", lambda *_: None)  # noise has nothing to compare
+    monkeypatch.setattr("batchnorm.surgery.fusing.fuse.check", lambda *_: None)  # noise has nothing to compare
     torch.manual_seed(0)
     result = batchnorm.fuse(make(), image())
     assert layer not in result.fused

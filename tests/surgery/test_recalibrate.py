@@ -29,8 +29,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import batchnorm
 from batchnorm import Accumulated, Ghost, Moments, Renorm, Sync
-from batchnorm.surgery.clusters import Clusters
-from batchnorm.surgery.measure import moments_of
+from batchnorm.surgery.recalibration.clusters import Clusters
+from batchnorm.surgery.recalibration.measure import moments_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 METHODS = ("batch", "layerwise")

@@ -19,9 +19,9 @@ from torch.fx.experimental import optimization
 
 from batchnorm.benchmark.models import MODELS, loss
 from batchnorm.benchmark.timing import Call, Ratio, interleaved, measured, ratio
-from batchnorm.surgery.fold import fold
+from batchnorm.surgery.folding.fold import fold
+from batchnorm.surgery.folding.tune import fold_frozen
 from batchnorm.surgery.freeze import freeze
-from batchnorm.surgery.tune import fold_frozen
 
 UNFOLDED, FOLDED, FX = "unfolded", "batchnorm.fold", "torch.fx's fuse"
 FREEZING, FOLDED_FREEZING = "inductor's freezing", "folded, inductor's freezing"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.commands import checkpoints, named
 from batchnorm.files import replacing
 from batchnorm.surgery.batches import inputs
-from batchnorm.surgery.fold import Folded, fold
+from batchnorm.surgery.folding.fold import Folded, fold
 
 __all__ = ["run"]
 

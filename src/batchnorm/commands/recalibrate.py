@@ -11,7 +11,7 @@ from torch import nn
 
 from batchnorm.commands import checkpoints, named
 from batchnorm.files import write_text
-from batchnorm.surgery.recalibrate import Recalibrated, recalibrate
+from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
 
 __all__ = ["run"]
 

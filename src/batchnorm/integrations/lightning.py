@@ -10,7 +10,7 @@ from torch import nn
 
 from batchnorm.integrations.training import Batches, Recalibration
 from batchnorm.surgery.batches import Forward, call
-from batchnorm.surgery.recalibrate import Recalibrated
+from batchnorm.surgery.recalibration.recalibrate import Recalibrated
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.recalibrate import Recalibrated, recalibrate
-from batchnorm.surgery.sites import Site, sites_of
+from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
+from batchnorm.surgery.recalibration.sites import Site, sites_of
 
 __all__ = ["Batches", "Recalibration", "undisturbed"]
 

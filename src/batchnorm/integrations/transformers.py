@@ -7,7 +7,7 @@ from typing import Any
 
 from batchnorm.integrations.training import Batches, Recalibration
 from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.recalibrate import Recalibrated
+from batchnorm.surgery.recalibration.recalibrate import Recalibrated
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

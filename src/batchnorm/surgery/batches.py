@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Forward", "call", "inputs", "moved", "samples"]
+__all__ = ["Forward", "as_written", "call", "inputs", "moved", "samples", "unwrapped"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -60,6 +63,19 @@ def samples(batch: Any) -> int:
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
     return next((t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() > 0), 0)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Call a model itself rather than what makes it parallel, which would send buffers to other processes."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    inner: nn.Module = model.module if isinstance(model, wrappers) else model
+    return inner
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Let compiled models run as they are written: what was compiled does not know hooks that came later."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:

@@ -10,8 +10,8 @@ from torch import nn
 
 from batchnorm.statistics import Policy, check_policy, own
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
-from batchnorm.surgery.rewrite import Absorbed
-from batchnorm.surgery.undo import undo
+from batchnorm.surgery.fusing.rewrite import Absorbed
+from batchnorm.surgery.fusing.undo import undo
 
 __all__ = ["Converted", "convert", "revert"]
 

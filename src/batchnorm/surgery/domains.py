@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.surgery.convert import Converted
 from batchnorm.surgery.find import is_batch_norm, obstacle
-from batchnorm.surgery.rewrite import Absorbed, Rewritten
+from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 
 __all__ = ["add_domain", "split_domains"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm.kernels import using
 from batchnorm.surgery.find import shadow
-from batchnorm.surgery.patterns import Form, has_additions
+from batchnorm.surgery.fusing.patterns import Form, has_additions
 
 __all__ = ["Calls", "calls_of", "forms_of", "forward", "seeded"]
 

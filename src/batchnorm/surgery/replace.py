@@ -13,8 +13,8 @@ from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.convert import take_over
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
+from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 from batchnorm.surgery.line import TRANSPOSED, along_outputs, line_of
-from batchnorm.surgery.rewrite import Absorbed, Rewritten
 from batchnorm.surgery.sources import Source, sources
 
 __all__ = ["Replaced", "replace"]

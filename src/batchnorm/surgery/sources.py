@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from batchnorm.surgery.find import hooked_between, hooks_of, names_of
+from batchnorm.surgery.fusing.observe import witnessed
+from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.line import TRANSPOSED
-from batchnorm.surgery.observe import witnessed
-from batchnorm.surgery.traced import Tracing
 
 __all__ = ["Source", "sources"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from batchnorm.activations import module_of
-from batchnorm.surgery.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
+from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
 from batchnorm.surgery.line import along_outputs, line
 
 __all__ = ["fold_graph"]

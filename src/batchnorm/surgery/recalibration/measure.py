@@ -17,7 +17,7 @@ from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.recurrent.steps import Norm
-from batchnorm.surgery.sites import Site
+from batchnorm.surgery.recalibration.sites import Site
 
 __all__ = ["Enough", "Watch", "finite", "moments_of", "normalize_with_the_batch"]
 

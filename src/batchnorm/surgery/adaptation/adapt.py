@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from batchnorm.moments import Moments
 from batchnorm.recurrent.base import Recurrent
-from batchnorm.surgery import tent
-from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.passes import evaluation
-from batchnorm.surgery.predictions import Predictions
+from batchnorm.surgery.adaptation import tent
+from batchnorm.surgery.adaptation.predictions import Predictions
+from batchnorm.surgery.adaptation.target import Share, Target, measure, mixed
+from batchnorm.surgery.batches import Forward, as_written, unwrapped
 from batchnorm.surgery.preserve import preserved, uninterrupted
-from batchnorm.surgery.recalibrate import _as_written, _plain, _unwrapped
-from batchnorm.surgery.sites import Site, sites_of
-from batchnorm.surgery.target import Share, Target, measure, mixed
+from batchnorm.surgery.recalibration.passes import evaluation
+from batchnorm.surgery.recalibration.sites import Site, sites_of
+from batchnorm.surgery.report import for_json
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
@@ -96,7 +96,7 @@ class Adapted:
     def as_dict(self) -> dict[str, Any]:
         """Give the same for JSON, with None for numbers that are not finite."""
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        found: dict[str, Any] = _plain(
+        found: dict[str, Any] = for_json(
             {**shown, "layers": {name: asdict(shift) for name, shift in self.layers.items()}}
         )
         return found
@@ -196,9 +196,9 @@ def adapt(
     learning = _learning(model, sites, skipped) if method == "tent" else {}
     parameters = [p for layer in learning.values() for p in tent.affine_of(layer).values()]
     predictions = Predictions()
-    with preserved(model, parameters), _as_written():
+    with preserved(model, parameters), as_written():
         evaluation(model)
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         seen = final = measure(inner, batches, sites, share, forward, predictions)
         if method == "tent":
             tent.learn(inner, batches, list(learning.values()), steps or 1, lr or 1e-3, forward)

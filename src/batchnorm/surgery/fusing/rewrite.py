@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.patterns import Chain
+from batchnorm.surgery.fusing.patterns import Chain
 
 __all__ = ["Absorbed", "Rewritten", "absorb", "rewrite"]
 

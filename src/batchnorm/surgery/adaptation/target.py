@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
+from batchnorm.surgery.adaptation.predictions import Predictions, scores
 from batchnorm.surgery.batches import Forward, call, moved, samples
-from batchnorm.surgery.measure import finite, moments_of
-from batchnorm.surgery.predictions import Predictions, scores
-from batchnorm.surgery.sites import Site
+from batchnorm.surgery.recalibration.measure import finite, moments_of
+from batchnorm.surgery.recalibration.sites import Site
 
 __all__ = ["Share", "Target", "measure", "mixed"]
 

@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from batchnorm.surgery.example import Calls, forms_of
 from batchnorm.surgery.find import TORCHS, hooks_of, is_batch_norm, names_of
-from batchnorm.surgery.patterns import LEAVES, Chain, Parts, calls_of_layers, chain_of
-from batchnorm.surgery.rewrite import absorb, rewrite
-from batchnorm.surgery.trace import Leaf, UntraceableError, is_container, takes_fixed_arguments, trace
+from batchnorm.surgery.fusing.patterns import LEAVES, Chain, Parts, calls_of_layers, chain_of
+from batchnorm.surgery.fusing.rewrite import absorb, rewrite
+from batchnorm.surgery.fusing.trace import Leaf, UntraceableError, is_container, takes_fixed_arguments, trace
 
 __all__ = ["Tracing"]
 

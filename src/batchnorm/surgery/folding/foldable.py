@@ -12,8 +12,8 @@ from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.surgery.find import OURS, TORCHS, hooked_between, hooks_of, is_batch_norm, is_frozen, names_of
+from batchnorm.surgery.folding.neighbours import Neighbours
 from batchnorm.surgery.line import TRANSPOSED, channels_of, line_of
-from batchnorm.surgery.neighbours import Neighbours
 
 __all__ = ["Borders", "layers_of", "no_line"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery.batches import Forward, call, moved, samples
-from batchnorm.surgery.clusters import Clusters
-from batchnorm.surgery.measure import Enough, Watch, finite, normalize_with_the_batch
 from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.sites import Site
-from batchnorm.surgery.together import Processes
+from batchnorm.surgery.recalibration.clusters import Clusters
+from batchnorm.surgery.recalibration.measure import Enough, Watch, finite, normalize_with_the_batch
+from batchnorm.surgery.recalibration.sites import Site
+from batchnorm.surgery.recalibration.together import Processes
 
 __all__ = ["How", "Seen", "Stopped", "batch_by_batch", "evaluation", "layer_by_layer", "write"]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from batchnorm.kernels import using
 from batchnorm.surgery.example import calls_of, forward, seeded
 from batchnorm.surgery.find import names_of, shadow
+from batchnorm.surgery.folding.view import View, hands_on
+from batchnorm.surgery.fusing.observe import Witness
+from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.line import is_linear_map
-from batchnorm.surgery.observe import Witness
-from batchnorm.surgery.traced import Tracing
-from batchnorm.surgery.view import View, hands_on
 
 __all__ = ["Neighbours", "neighbours"]
 

@@ -14,11 +14,11 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.fold_graph import fold_graph
-from batchnorm.surgery.foldable import Borders, layers_of
-from batchnorm.surgery.handover import Step, take
-from batchnorm.surgery.neighbours import neighbours
-from batchnorm.surgery.undo import undo
+from batchnorm.surgery.folding.fold_graph import fold_graph
+from batchnorm.surgery.folding.foldable import Borders, layers_of
+from batchnorm.surgery.folding.handover import Step, take
+from batchnorm.surgery.folding.neighbours import neighbours
+from batchnorm.surgery.fusing.undo import undo
 from batchnorm.surgery.verify import evaluated, largest_difference
 
 __all__ = ["Folded", "fold"]

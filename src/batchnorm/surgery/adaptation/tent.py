@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.surgery.adaptation.predictions import entropy, scores
 from batchnorm.surgery.batches import Forward, call, moved
-from batchnorm.surgery.measure import normalize_with_the_batch
-from batchnorm.surgery.predictions import entropy, scores
 from batchnorm.surgery.preserve import preserved
+from batchnorm.surgery.recalibration.measure import normalize_with_the_batch
 
 __all__ = ["affine_of", "learn"]
 

@@ -11,9 +11,9 @@ from torch import nn
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
 from batchnorm.surgery.find import TORCHS, hooked_between
-from batchnorm.surgery.observe import observed
-from batchnorm.surgery.rewrite import absorb
-from batchnorm.surgery.traced import Tracing
+from batchnorm.surgery.fusing.observe import observed
+from batchnorm.surgery.fusing.rewrite import absorb
+from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.verify import Errors, check
 
 __all__ = ["Fused", "fuse"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.surgery.find import TORCHS
-from batchnorm.surgery.rewrite import Absorbed, Rewritten, restore
+from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, restore
 
 __all__ = ["undo"]
 

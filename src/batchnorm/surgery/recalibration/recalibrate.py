@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.clusters import Clusters
-from batchnorm.surgery.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer, write
+from batchnorm.surgery.batches import Forward, as_written, unwrapped
 from batchnorm.surgery.preserve import preserved, uninterrupted
-from batchnorm.surgery.sites import Site, sites_of
-from batchnorm.surgery.together import Processes
+from batchnorm.surgery.recalibration.clusters import Clusters
+from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer, write
+from batchnorm.surgery.recalibration.sites import Site, sites_of
+from batchnorm.surgery.recalibration.together import Processes
+from batchnorm.surgery.report import for_json
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
 
@@ -101,7 +100,7 @@ class Recalibrated:
 
     def as_dict(self) -> dict[str, Any]:
         """Give the same for JSON, with None for numbers that are not finite."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = for_json(asdict(self))
         return found
 
 
@@ -163,9 +162,9 @@ def recalibrate(
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with Processes(process_group, device) as processes, torch.no_grad():
         sites, skipped = sites_of(model, layers)
-        with preserved(model), _as_written():
+        with preserved(model), as_written():
             before = None if metric is None else _in_evaluation(model, metric)
-            seen = _METHODS[method](_unwrapped(model), data, sites, how, processes)
+            seen = _METHODS[method](unwrapped(model), data, sites, how, processes)
             renewed = _renewed(seen, skipped)
             for site, clusters in renewed.items():
                 write(site, clusters)
@@ -242,24 +241,3 @@ def _in_evaluation(model: nn.Module, metric: Callable[[nn.Module], float]) -> fl
     with preserved(model):
         evaluation(model)
         return float(metric(model))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Call a model itself rather than what makes it parallel, which would send buffers to other processes."""
-    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
-    inner: nn.Module = model.module if isinstance(model, wrappers) else model
-    return inner
-
-
-def _as_written() -> AbstractContextManager[Any]:
-    """Let compiled models run as they are written: what was compiled does not know hooks that came later."""
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return _plain(value._asdict()) if hasattr(value, "_asdict") else [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Batch normalization fitted to data of another distribution, and taken back."""

@@ -1,0 +1,1 @@
+"""Batch normalization computed by the convolution or linear layer next to it."""

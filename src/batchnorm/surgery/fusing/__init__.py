@@ -1,0 +1,1 @@
+"""Residual and activation computed by the batch normalization before them."""

@@ -1,0 +1,1 @@
+"""Running statistics taken anew over data."""
