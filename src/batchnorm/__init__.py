@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from batchnorm.surgery.domains import add_domain as add_domain
     from batchnorm.surgery.domains import split_domains as split_domains
     from batchnorm.surgery.folding.fold import fold as fold
-    from batchnorm.surgery.folding.tune import fold_frozen as fold_frozen
-    from batchnorm.surgery.folding.tune import unfold_frozen as unfold_frozen
     from batchnorm.surgery.freeze import freeze as freeze
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
@@ -71,12 +69,10 @@ _HOME = {
     "frozen_statistics": "batchnorm.surgery.freeze",
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
-    "fold_frozen": "batchnorm.surgery.folding.tune",
     "fuse": "batchnorm.surgery.fusing.fuse",
     "recalibrate": "batchnorm.surgery.recalibration.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
-    "unfold_frozen": "batchnorm.surgery.folding.tune",
     "unfreeze": "batchnorm.surgery.freeze",
     "split_domains": "batchnorm.surgery.domains",
 }

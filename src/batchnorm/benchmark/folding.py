@@ -1,4 +1,4 @@
-"""What folding is worth: evaluation of networks folded in several ways, and training with frozen layers folded or not.
+"""What folding is worth: evaluation of networks folded in several ways.
 
 All contenders of a row start from one network with drawn weights and statistics. None is timed before its results agree
 with that network in float64 about as well as the network itself does in float32.
@@ -17,17 +17,12 @@ import torch._inductor.config  # which `torch` alone does not load
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from batchnorm.benchmark.models import MODELS, loss
+from batchnorm.benchmark.models import MODELS
 from batchnorm.benchmark.timing import Call, Ratio, interleaved, measured, ratio
 from batchnorm.surgery.folding.fold import fold
-from batchnorm.surgery.folding.tune import fold_frozen
-from batchnorm.surgery.freeze import freeze
 
 UNFOLDED, FOLDED, FX = "unfolded", "batchnorm.fold", "torch.fx's fuse"
 FREEZING, FOLDED_FREEZING = "inductor's freezing", "folded, inductor's freezing"
-FROZEN, FOLDED_FROZEN = "frozen", "fold_frozen"
-EVALUATION = "evaluation"
-TRAINING = "training, weights of BN fixed", "training, weights of BN learn"
 ALLOWED = 2.0  # times the network's own error in float32; which of two roundings is luckier is chance
 _ROUNDING = 1e-5  # relative; below, both are as good as float32 can be
 
@@ -39,14 +34,12 @@ class Job:
     Attributes:
         network: a name in `NETWORKS`.
         shape: (N, 3, H, W).
-        operation: evaluation, or one of the two ways of training.
         compiled: whether torch.compile takes part, which takes minutes to build.
     """
 
     network: str
     shape: tuple[int, ...]
     layout: str = "contiguous"
-    operation: str = EVALUATION
     compiled: bool = True
 
 
@@ -122,16 +115,12 @@ def jobs(quick: bool) -> list[Job]:
     """What is measured: small and larger images, one and eight of them."""
     if quick:
         small = (2, 3, 32, 32)
-        return [Job("ResNet-18", small, compiled=False), Job("ResNet-18", small, operation=TRAINING[1])]
+        return [Job(name, small, compiled=False) for name in list(NETWORKS)[:2]]
     own, theirs = list(NETWORKS)[:2], list(NETWORKS)[2:]
     layouts, shapes = ("contiguous", "channels_last"), ((1, 3, 224, 224), (8, 3, 64, 64))
     found = [Job(name, shape, layout) for name in own for layout in layouts for shape in shapes]
     found += [Job(own[0], (8, 3, 224, 224), layout, compiled=False) for layout in layouts]
-    found += [Job(name, (1, 3, 224, 224)) for name in theirs]
-    batches = (16, 3, 64, 64), (8, 3, 128, 128)
-    return found + [
-        Job(name, shape, layout, way) for name in own for layout in layouts for shape in batches for way in TRAINING
-    ]
+    return found + [Job(name, (1, 3, 224, 224)) for name in theirs]
 
 
 def measure(job: Job, seconds: float) -> Row:
@@ -148,11 +137,11 @@ def measure(job: Job, seconds: float) -> Row:
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
-    right = _results(_plain(copy.deepcopy(network).double(), job), x.double(), job)
+    right = _result(copy.deepcopy(network).double(), x.double())
     for name, build in _contenders(job).items():
         try:
             built = build(copy.deepcopy(network), x)
-            errors[name] = float((_results(built, x, job) - right).norm() / right.norm())
+            errors[name] = float((_result(built, x) - right).norm() / right.norm())
         except Exception as error:  # what cannot be traced or compiled here; the others go on
             left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
@@ -160,10 +149,10 @@ def measure(job: Job, seconds: float) -> Row:
         if not errors[name] <= limit:  # nan fails, too
             left_out[name] = f"it is off by {errors[name]:.2g} of its size (allowed: {limit:.2g})"
             continue
-        calls[name] = _call(built, x, job)
-    if next(iter(_contenders(job))) not in calls:
+        calls[name] = lambda network=built: network(x)  # type: ignore[misc]
+    if UNFOLDED not in calls:
         return Row(job, {}, {}, errors, left_out)
-    with torch.set_grad_enabled(job.operation != EVALUATION):
+    with torch.no_grad():
         samples = interleaved(calls, seconds)
     first = next(iter(samples.values()))
     return Row(
@@ -197,11 +186,6 @@ Build = Callable[[nn.Module, Tensor], Any]
 
 def _contenders(job: Job) -> dict[str, Build]:
     """How each is made of a copy of the network; what the others are compared with comes first."""
-    if job.operation != EVALUATION:
-        return {
-            FROZEN: lambda network, x: _plain(network, job),
-            FOLDED_FROZEN: lambda network, x: _folded(network, job),
-        }
     found: dict[str, Build] = {
         UNFOLDED: lambda network, x: network,
         FOLDED: lambda network, x: fold(network, x).model,
@@ -222,45 +206,6 @@ def _compiled(network: nn.Module, x: Tensor) -> Any:
     return made
 
 
-def _plain(network: nn.Module, job: Job) -> nn.Module:
-    """The network as it is evaluated, or as it is trained with frozen layers."""
-    if job.operation != EVALUATION:
-        freeze(network, affine=job.operation == TRAINING[0])
-    return network
-
-
-def _folded(network: nn.Module, job: Job) -> nn.Module:
-    done = fold_frozen(_plain(network, job))
-    if done.skipped:
-        raise RuntimeError(f"not folded: {', '.join(done.skipped)}")
-    return network
-
-
-def _results(network: Any, x: Tensor, job: Job) -> Tensor:
-    """Everything that an evaluation, or a training step, gives, in one float64 vector."""
-    if job.operation == EVALUATION:
-        with torch.no_grad():
-            return torch.as_tensor(network(x)).double().flatten()
-    network.train()
-    y = network(x)
-    learning = [p for p in network.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(nn.functional.cross_entropy(y, _targets(x)), learning)
-    parts = [y.detach(), *gradients]
-    return torch.cat([part.double().flatten() / part.double().norm().clamp(min=1e-30) for part in parts])
-
-
-def _targets(x: Tensor) -> Tensor:
-    return torch.arange(len(x)) % 100
-
-
-def _call(network: Any, x: Tensor, job: Job) -> Call:
-    if job.operation == EVALUATION:
-        return lambda: network(x)
-    targets = _targets(x)
-
-    def step() -> None:
-        loss(network, x, targets).backward()
-        for parameter in network.parameters():
-            parameter.grad = None
-
-    return step
+def _result(network: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(network(x)).double()

@@ -14,12 +14,9 @@ from rich.console import Console
 
 from batchnorm.benchmark import machine, report
 from batchnorm.benchmark.folding import (
-    EVALUATION,
     FOLDED,
     FOLDED_FREEZING,
-    FOLDED_FROZEN,
     FREEZING,
-    FROZEN,
     FX,
     UNFOLDED,
     Row,
@@ -39,9 +36,8 @@ Times are medians over rounds in which all contenders take turns, in one process
 first contender's time by the other's, the median over rounds with its 95 % interval: above 1, the other one is faster.
 None is timed before its results agree with the unfolded network in float64. Weights and statistics are drawn.
 Evaluation is under `torch.no_grad`. Inductor's freezing is `torch.compile` with
-`torch._inductor.config.freezing`, of the unfolded and of the folded network. Training is forward, cross entropy and
-backward with frozen layers (`batchnorm.freeze`), whose weight and bias are fixed or learn, with and without
-`batchnorm.fold_frozen`. Where a figure is missing, *Folding: without figures* says why."""
+`torch._inductor.config.freezing`, of the unfolded and of the folded network. Where a figure is missing, *Folding:
+without figures* says why."""
 _SECONDS, _QUICK_SECONDS = 3.0, 0.02
 
 
@@ -89,26 +85,21 @@ def run(out: Path, quick: bool, seconds: float | None = None, publish_to: Path |
 def sections(rows: list[Row], described: dict[str, str]) -> Iterator[tuple[str, Table]]:
     """The tables, with their titles."""
     yield "Machine of this run", Table(("machine", ""), list(described.items()), words=2)
-    evaluated = [row for row in rows if row.job.operation == EVALUATION]
-    trained = [row for row in rows if row.job.operation != EVALUATION]
-    yield "Evaluation of folded networks", _table(evaluated, UNFOLDED, (FOLDED, FX, FREEZING, FOLDED_FREEZING))
-    yield "Training with frozen layers, folded at every forward", _table(trained, FROZEN, (FOLDED_FROZEN,))
+    others = FOLDED, FX, FREEZING, FOLDED_FREEZING
+    columns = "network", UNFOLDED, *(f"{name}, ×" for name in others)
+    lines = [
+        (_titled(row), time(row.seconds[UNFOLDED]), *(_gain(row, name) for name in others))
+        for row in rows
+        if row.seconds
+    ]
+    yield "Evaluation of folded networks", Table(columns, lines)
     failed = [(_titled(row), name, why) for row in rows for name, why in row.left_out.items()]
     yield "Folding: without figures", Table(("network", "contender", "why"), failed, words=3)
 
 
-def _table(rows: list[Row], first: str, others: tuple[str, ...]) -> Table:
-    columns = "network", first, *(f"{name}, ×" for name in others)
-    lines = [
-        (_titled(row), time(row.seconds[first]), *(_gain(row, name) for name in others)) for row in rows if row.seconds
-    ]
-    return Table(columns, lines)
-
-
 def _titled(row: Row) -> str:
     job = row.job
-    way = "" if job.operation == EVALUATION else f", {job.operation}"
-    return f"{job.network}, {'×'.join(map(str, job.shape))} {job.layout}{way}"
+    return f"{job.network}, {'×'.join(map(str, job.shape))} {job.layout}"
 
 
 def _gain(row: Row, name: str) -> str:

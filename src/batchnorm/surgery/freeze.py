@@ -268,7 +268,7 @@ def unfreeze(model: nn.Module) -> tuple[str, ...]:
         if type(layer) is not _frozen_class(layer._frozen.kind):
             raise RuntimeError(
                 f"{name or 'the model'} has become a {type(layer).__name__} since it was frozen: undo that (a "
-                "parametrization? fold_frozen?) before unfreezing"
+                "parametrization?) before unfreezing"
             )
     for layer in layers.values():
         before: _Before = vars(layer).pop("_frozen")
