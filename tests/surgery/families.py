@@ -11,7 +11,7 @@ from torch import nn
 transformers: Any = pytest.importorskip("transformers", reason="transformers is in the group 'test'")
 
 
-def resnet(kind: str) -> nn.Module:
+def resnet(kind: str = "basic") -> nn.Module:
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type=kind)
     return transformers.ResNetModel(config)
 
@@ -38,12 +38,12 @@ def efficientnet() -> nn.Module:
     return transformers.EfficientNetModel(config)
 
 
-def levit() -> nn.Module:
+def levit(kind: str = "LevitModel") -> nn.Module:
     config = transformers.LevitConfig(
         image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[1, 1, 1], depths=[1, 1, 1], key_dim=[8, 8, 8],
         down_ops=[["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2]],
     )  # fmt: skip
-    return transformers.LevitForImageClassification(config)
+    return getattr(transformers, kind)(config)
 
 
 def mobilevit() -> nn.Module:
@@ -79,13 +79,13 @@ def convnext() -> nn.Module:
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "ResNet, basic": lambda: resnet("basic"),
+    "ResNet, basic": resnet,
     "ResNet, bottleneck": lambda: resnet("bottleneck"),
     "RegNet": regnet,
     "MobileNetV1": mobilenet_v1,
     "MobileNetV2": mobilenet_v2,
     "EfficientNet": efficientnet,
-    "LeViT": levit,
+    "LeViT": lambda: levit("LevitForImageClassification"),
     "MobileViT": mobilevit,
     "MobileViTV2": mobilevit_v2,
     "SwiftFormer": swiftformer,

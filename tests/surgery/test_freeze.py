@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import levit, resnet
 from networks import BasicBlock, randomized
-from test_real_models import levit, resnet
 from torch import Tensor, nn
 
 import batchnorm

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import levit, resnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import BasicBlock, randomized
-from test_real_models import levit, resnet
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 

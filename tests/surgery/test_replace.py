@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import mobilenet_v1, resnet
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import BasicBlock, DenseNet, ResNet, Undecided, randomized
-from test_real_models import mobilenet, resnet
 from torch import Tensor, nn
 
 import batchnorm
@@ -364,7 +364,7 @@ def test_the_model_may_be_the_layer() -> None:
     assert str(result).startswith("1 replaced, 0 left\n  (the model): removed")
 
 
-@pytest.mark.parametrize("make", [resnet, mobilenet])
+@pytest.mark.parametrize("make", [resnet, mobilenet_v1])
 def test_transformers(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = randomized(make()).eval()
