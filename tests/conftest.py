@@ -1,6 +1,8 @@
 """What every test has: memory that is not zero by luck, and the library's caches as it found them."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +15,9 @@ SLOW = "BATCHNORM_SLOW"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"slow: needs gigabytes or minutes; runs where {SLOW}=1 is set")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        # Shells start what runs in the background so, and children inherit it: no test of Ctrl-C could work.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

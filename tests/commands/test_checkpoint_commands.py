@@ -465,10 +465,14 @@ def loader():
 """
     (here / "slow.py").write_text(slow, encoding="utf-8")
     running = process("recalibrate", "users:net", "--checkpoint", "old.pt", "--data", "slow:loader", "--out", "new.pt")
-    deadline = time.monotonic() + 60
-    while not (here / "begun").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGINT)
-    output, errors = running.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 60
+        while not (here / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGINT)
+        output, errors = running.communicate(timeout=60)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
     assert (running.returncode, output, errors) == (130, "", "batchnorm: stopped\n")
     assert not [f.name for f in here.iterdir() if f.name.startswith(("new", "."))]

@@ -16,14 +16,18 @@ def interrupted(command: str, out: Path) -> tuple[int, str]:
         [sys.executable, "-m", "batchnorm.cli", command, "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    while not out.exists():
-        time.sleep(0.05)
-    deadline = time.monotonic() + 60
-    while len(started(process.pid)) < 3 and time.monotonic() < deadline:  # a worker that starts has no manners yet
-        time.sleep(0.05)
-    time.sleep(4)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=60)
+    try:
+        while not out.exists():
+            time.sleep(0.05)
+        deadline = time.monotonic() + 60
+        while len(started(process.pid)) < 3 and time.monotonic() < deadline:  # a worker that starts has no manners yet
+            time.sleep(0.05)
+        time.sleep(4)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, errors
 
 

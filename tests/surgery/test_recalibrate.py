@@ -671,11 +671,14 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
             print("same" if same and model.training and torch.equal(torch.get_rng_state(), state) else "other")
         """)
     )
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            printed, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (printed, process.returncode) == ("same\n", 0)
 
 
