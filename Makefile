@@ -36,5 +36,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tools]' --group test
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[tools]' --group test
 	@touch $@

@@ -134,34 +134,40 @@ def compare(
         assert (a.double() - b).abs().max() <= TOLERANCE[dtype] * scale, field
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+RELU = [
+    *((view, torch.float32, True, True) for view in VIEWS),
+    (PLANES, torch.float32, True, False),
+    (PLANES, torch.float32, False, False),
+    (SPLIT_ROWS, torch.float32, False, True),
+    (PLANES, torch.bfloat16, True, True),
+]
+# The same in more forms, each of which compiles for five to ten seconds.
+MORE = [
+    *((view, torch.float32, True, False) for view in VIEWS if view is not PLANES),
+    (PLANES, torch.float32, False, True),
+    (SPLIT_ROWS, torch.float32, False, False),
+    (PLANES, torch.bfloat16, True, False),
+    (SPLIT_ROWS, torch.bfloat16, True, True),
+    (SMALL, torch.float64, True, True),
+    (SMALL, torch.bfloat16, False, True),  # which evaluation sees as planes
+]
+
+
 @pytest.mark.parametrize(
-    ("view", "dtype", "training"),
-    [
-        *((view, torch.float32, True) for view in VIEWS),
-        (PLANES, torch.float32, False),
-        (SPLIT_ROWS, torch.float32, False),
-        (PLANES, torch.bfloat16, True),
-    ],
-    ids=str,
+    ("view", "dtype", "training", "residual"), [*RELU, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
 )
 def test_relu(view: Any, dtype: torch.dtype, training: bool, residual: bool) -> None:
     compare(view, dtype, training, "relu", residual)
 
 
-def test_relu_in_other_views_and_dtypes() -> None:
-    compare(SPLIT_ROWS, torch.bfloat16, True, "relu", True)
-    compare(SMALL, torch.float64, True, "relu", True)
-    compare(SMALL, torch.bfloat16, False, "relu", True)  # which evaluation sees as planes
-
-
 @pytest.mark.parametrize(
-    ("name", "residual"), [*((name, False) for name in NAMES[1:]), *((name, True) for name in NAMES[1:4])]
+    ("name", "residual"), [*((name, False) for name in NAMES[1:]), ("leaky_relu", True), ("silu", True)]
 )
 def test_other_activations(name: str, residual: bool) -> None:
     compare(PLANES, torch.float32, True, name, residual)
 
 
+@pytest.mark.slow  # to compile
 def test_a_smooth_activation_in_other_views_and_dtypes() -> None:
     compare(SPLIT_ROWS, torch.bfloat16, True, "silu", True)
     compare(PLANES, torch.float64, True, "gelu", False)
@@ -179,6 +185,7 @@ def test_in_place(name: str | None, training: bool) -> None:
     compare(PLANES, torch.float32, training, name, False, inplace=True)
 
 
+@pytest.mark.slow  # to compile
 def test_in_place_in_other_views() -> None:
     compare(SPLIT_ROWS, torch.float32, True, "leaky_relu", False, inplace=True)
     compare(SMALL, torch.bfloat16, True, None, False, inplace=True)
