@@ -14,7 +14,7 @@ compare: $(INSTALLED)  ## train a small network with and without batch normaliza
 	$(BIN)/batchnorm compare
 
 test: $(INSTALLED)  ## run the tests, then use the built wheel once
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python tests/wheel_smoke.py
 
 lint: $(INSTALLED)  ## check style, types, and which module may import which

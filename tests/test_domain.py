@@ -488,6 +488,7 @@ def train_a_rank(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # starts processes; test_training has the same for the other layers
 def test_data_parallel_ranks_agree(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_a_rank, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))

@@ -21,6 +21,7 @@ from batchnorm.kernels import plans
 from expected import OURS, Result, assert_right, in_float64, laid, step
 
 BF16 = torch.bfloat16
+SLOW = pytest.mark.slow  # to compile
 NAN, INF = float("nan"), float("inf")
 VIEWS: dict[tuple[tuple[int, ...], str], tuple[str, bool]] = {
     ((7, 9, 6, 7), "contiguous"): ("planes", True),
@@ -112,7 +113,7 @@ def test_every_view(view: Any) -> None:
     compare(view)
 
 
-@pytest.mark.parametrize(("view", "dtype"), [(PLANES, torch.float64), (ROWS, BF16)], ids=str)
+@pytest.mark.parametrize(("view", "dtype"), [(PLANES, torch.float64), pytest.param(ROWS, BF16, marks=SLOW)], ids=str)
 def test_other_dtypes(view: Any, dtype: torch.dtype) -> None:
     compare(view, dtype)
 
@@ -360,7 +361,8 @@ def test_plain_pytorch_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"statistics": Ghost(2)}, {"training": False}, {"activation": "silu", "residual": True},
+    {}, {"statistics": Ghost(2)}, {"training": False},
+    pytest.param({"activation": "silu", "residual": True}, marks=SLOW),
 ], ids=str)  # fmt: skip
 def test_derivatives_of_derivatives(options: dict[str, Any]) -> None:
     x = laid((5, 2, 2, 2), 3, torch.float64)

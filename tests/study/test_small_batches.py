@@ -105,6 +105,7 @@ def point(r: SmallRun) -> tuple[str, str, int]:
     return r.data, r.arm, r.batch
 
 
+@pytest.mark.slow  # as in test_compare, which shares the code
 def test_results_repeat_and_do_not_depend_on_the_number_of_processes() -> None:
     data = [digits()]
     alone, beside = (study(data, SMALL, processes=processes) for processes in (1, 2))
@@ -288,6 +289,7 @@ def test_a_guide_without_the_headings_is_refused(tmp_path: Path) -> None:
         guide.check(tmp_path, quick=False)
 
 
+@pytest.mark.slow  # as in test_cli, which shares the code
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
 def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
     code, errors = interrupted("choose", tmp_path / "out")

@@ -181,6 +181,7 @@ def test_revert_undoes_it(make: Callable[[], nn.Module]) -> None:
     assert_same(step(fused, image()), step(model, image()))
 
 
+@kernels.using("aten")  # compiles nothing
 def test_a_part_of_a_fused_model_is_reverted_only_if_it_stands_alone() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
