@@ -664,3 +664,11 @@ def test_what_cannot_be_folded_at_all() -> None:
 class _Sign(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x > 0
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    with pytest.raises(TypeError, match=r"the model was compiled.*fold the original"):
+        batchnorm.fold(torch.compile(model), torch.randn(2, 2))
+    with pytest.raises(TypeError, match=r"0 was compiled"):
+        batchnorm.fold(nn.Sequential(torch.compile(model)))

@@ -82,7 +82,7 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
     Raises:
         RuntimeError: if the folded model computes something else in float64 (by more than 1e-9 of the output's size).
         ValueError: if a lazy layer has seen no input, or the example gives no output to compare.
-        TypeError: if the model is none, or was scripted.
+        TypeError: if the model is none, or was scripted or compiled.
 
     Example:
         >>> result = batchnorm.fold(torchvision.models.resnet50(), torch.randn(2, 3, 224, 224))
@@ -130,6 +130,11 @@ def _check(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("the model was scripted, which hides its modules: fold the original, then script the result")
     for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise TypeError(
+                f"{name or 'the model'} was compiled, which hides its modules: fold the original (its _orig_mod), then "
+                "compile the result"
+            )
         if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}) has seen no input and has no weights yet: run the "

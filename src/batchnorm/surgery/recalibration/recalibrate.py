@@ -195,8 +195,9 @@ def _renewed(seen: Seen, skipped: dict[str, str]) -> dict[Site, Clusters]:
     if seen.batches + seen.dropped == 0:
         raise ValueError("the data is empty: no batch came (a generator gives its batches only once)")
     if seen.batches == 0:
+        where = "another process" if seen.culprit is None else f"the layer {seen.culprit!r}"
         raise ValueError(
-            f"none of the {seen.dropped} batches could be used: in {seen.culprit or 'another process'} the moments "
+            f"none of the batches ({seen.dropped}) could be used: in {where} the moments "
             "were not finite, or too large for the dtype of its running statistics"
         )
     renewed = {}
