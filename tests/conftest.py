@@ -20,7 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What compiles loops comes before what runs them in several processes, which would each compile the same ones.
+FOLDERS = ("tests", "surgery", "sync", "benchmark", "study", "integrations", "commands")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name) if item.path.parent.name in FOLDERS else 0)
     if os.environ.get(SLOW) == "1":
         return
     for item in items:
