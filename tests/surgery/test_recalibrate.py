@@ -525,7 +525,11 @@ def test_half_precision() -> None:
         (ValueError, "'stem.bn' or lies under it", lambda: {"layers": "stem.bn"}),
         (TypeError, "data must be an iterable of batches", lambda: {"data": torch.randn(4, 2, 9, 8)}),
         (TypeError, "data must be an iterable of batches", lambda: {"data": 3}),
-        (ValueError, r"none of the 2 batches .* in bn the", lambda: {"data": [b * torch.nan for b in batches(3, 4)]}),
+        (
+            ValueError,
+            r"none of the batches .* in the layer .bn. the",
+            lambda: {"data": [b * torch.nan for b in batches(3, 4)]},
+        ),
         (RuntimeError, r"batch 2 of the data: .*3 channels", lambda: {"data": [*batches(4), torch.randn(4, 3, 9, 8)]}),
         (ValueError, "an empty tuple", lambda: {"data": [()]}),
     ],
