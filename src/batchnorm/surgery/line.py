@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "TRANSPOSED", "along_inputs", "along_outputs", "channels_of", "constant_through", "is_linear_map", "line",
-    "line_of",
+    "LINEAR_MAPS", "TRANSPOSED", "along_inputs", "along_outputs", "bias_behind", "channels_of", "constant_through",
+    "is_linear_map", "line", "line_of", "wide",
 ]  # fmt: skip
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+LINEAR_MAPS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def is_linear_map(module: nn.Module) -> bool:
     """Whether a module is torch.nn's convolution or linear layer, or a subclass that computes the same."""
     kind = type(module)
-    base = next((base for base in _KINDS if isinstance(module, base)), None)
+    base = next((base for base in LINEAR_MAPS if isinstance(module, base)), None)
     if base is None or kind is base:
         return base is not None
     same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
@@ -45,11 +45,11 @@ def line(
         >>> scale, shift = line(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, bn.num_features)
     """
     zero = torch.zeros(channels, dtype=torch.float64)
-    scale = zero + 1 if var is None else (_wide(var) + eps).rsqrt()
+    scale = zero + 1 if var is None else (wide(var) + eps).rsqrt()
     if weight is not None:
-        scale = scale * _wide(weight)
-    shift = zero if bias is None else _wide(bias)
-    return scale, shift if mean is None else shift - _wide(mean) * scale
+        scale = scale * wide(weight)
+    shift = zero if bias is None else wide(bias)
+    return scale, shift if mean is None else shift - wide(mean) * scale
 
 
 def line_of(layer: Any) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def along_outputs(weight: Tensor, scale: Tensor, groups: int = 1, transposed: bo
     Returns:
         The new weight, in float64 on the CPU. A bias is multiplied by ``scale`` as well.
     """
-    weight = _wide(weight)
+    weight = wide(weight)
     if not transposed:
         return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
     grouped = weight.reshape(groups, -1, *weight.shape[1:])
@@ -82,11 +82,12 @@ def along_outputs(weight: Tensor, scale: Tensor, groups: int = 1, transposed: bo
 
 def along_inputs(weight: Tensor, scale: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
     """Scale the inputs of a convolution or linear layer: each has a factor; otherwise as ``along_outputs``."""
-    weight = _wide(weight)
-    if transposed:
-        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    return (grouped * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))).view(weight.shape)
+    return along_outputs(weight, scale, groups, not transposed)  # whose weight has inputs where this one has outputs
+
+
+def bias_behind(bias: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """Give the bias that takes a line over, in float64 on the CPU: scale · bias + shift."""
+    return shift if bias is None else wide(bias) * scale + shift
 
 
 def constant_through(weight: Tensor, shift: Tensor, groups: int = 1) -> Tensor:
@@ -102,9 +103,10 @@ def constant_through(weight: Tensor, shift: Tensor, groups: int = 1) -> Tensor:
         ``(outputs,)``, in float64 on the CPU, to be added to the bias.
     """
     outputs, inputs = weight.shape[:2]
-    sums = _wide(weight).reshape(groups, outputs // groups, inputs, -1).sum(-1)
+    sums = wide(weight).reshape(groups, outputs // groups, inputs, -1).sum(-1)
     return torch.einsum("goi,gi->go", sums, shift.view(groups, -1)).reshape(-1)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Give the values in float64 on the CPU."""
     return tensor.detach().cpu().double()

@@ -14,7 +14,7 @@ from batchnorm.surgery import norms
 from batchnorm.surgery.convert import take_over
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
-from batchnorm.surgery.line import TRANSPOSED, along_outputs, line_of
+from batchnorm.surgery.line import TRANSPOSED, along_outputs, bias_behind, line_of
 from batchnorm.surgery.sources import Source, sources
 
 __all__ = ["Replaced", "replace"]
@@ -228,7 +228,7 @@ def _handed_over(layer: Any, source: Source) -> str:
             scale, shift = line_of(layer)
             groups = getattr(before, "groups", 1)
             before.weight.copy_(along_outputs(before.weight, scale, groups, isinstance(before, TRANSPOSED)))
-            bias.copy_(bias.cpu() * scale + shift)
+            bias.copy_(bias_behind(bias, scale, shift))
         elif fresh and layer.bias is not None:
             bias.copy_(layer.bias)
     if fresh:

@@ -1,11 +1,11 @@
-"""Reports as JSON has them."""
+"""Reports: reasons in lines, and values as JSON has them."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-__all__ = ["for_json"]
+__all__ = ["for_json", "listed"]
 
 
 def for_json(value: Any) -> Any:
@@ -15,3 +15,8 @@ def for_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return for_json(value._asdict()) if hasattr(value, "_asdict") else [for_json(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def listed(skipped: dict[str, str]) -> str:
+    """Give layers and reasons, each in a line of its own behind a message."""
+    return "".join(f"\n  {name or '(the model)'}: {reason}" for name, reason in skipped.items())

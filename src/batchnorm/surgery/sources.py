@@ -11,11 +11,9 @@ from torch import fx, nn
 from batchnorm.surgery.find import hooked_between, hooks_of, names_of
 from batchnorm.surgery.fusing.observe import witnessed
 from batchnorm.surgery.fusing.traced import Tracing
-from batchnorm.surgery.line import TRANSPOSED
+from batchnorm.surgery.line import LINEAR_MAPS
 
 __all__ = ["Source", "sources"]
-
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 class Source(NamedTuple):
@@ -77,7 +75,7 @@ class _Search:
         if given.op == "placeholder" and module is not self._model:  # an outer graph may tell
             return
         before = module.get_submodule(str(given.target)) if given.op == "call_module" else None
-        if before is None or type(before) not in _KINDS:
+        if before is None or type(before) not in LINEAR_MAPS:
             what = given.target if before is None else type(before).__name__
             self.found[layer] = f"it follows {getattr(what, '__name__', what)}, not a convolution or linear layer"
         elif len(calls[before]) > 1 or set(given.users) != {call}:
@@ -88,7 +86,7 @@ class _Search:
     def observe(self, inputs: Any) -> None:
         """Look at a run for the layers that no graph shows."""
         unseen = [layer for layer in self._layers if layer not in self.found]
-        verdicts = witnessed(self._model, inputs, [m for m in self._names if type(m) in _KINDS], unseen)
+        verdicts = witnessed(self._model, inputs, [m for m in self._names if type(m) in LINEAR_MAPS], unseen)
         for before, reader in verdicts.items():
             if isinstance(reader, nn.Module):
                 self._accept(reader, before)
@@ -101,7 +99,7 @@ class _Search:
         siblings = list(self._model.get_submodule(parent)._modules.items()) if key else []
         place = next((i for i, (name, _) in enumerate(siblings) if name == key), 0)
         before = siblings[place - 1][1] if place else None
-        if before is None or type(before) not in _KINDS or self._obstacle(layer, before) is not None:
+        if before is None or type(before) not in LINEAR_MAPS or self._obstacle(layer, before) is not None:
             return "no convolution or linear layer before it was found"
         return Source(self._names[before][0], before, False)
 

@@ -20,7 +20,7 @@ from batchnorm.surgery.batches import Forward, as_written, unwrapped
 from batchnorm.surgery.preserve import preserved, uninterrupted
 from batchnorm.surgery.recalibration.passes import evaluation
 from batchnorm.surgery.recalibration.sites import Site, sites_of
-from batchnorm.surgery.report import for_json
+from batchnorm.surgery.report import for_json, listed
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
@@ -216,7 +216,7 @@ def adapt(
         after += [(site.layer, "running_mean", mean), (site.layer, "running_var", var)]
         layers[site.name] = _shift(site, seen.moments.get(site, moments))
     if not layers:
-        raise ValueError(f"no batch normalization layer was given more than one value a channel:{_listed(skipped)}")
+        raise ValueError(f"no batch normalization layer was given more than one value a channel:{listed(skipped)}")
     measured = {site.layer for site in sites}
     for name, layer in learning.items():
         names = list(tent.affine_of(layer))
@@ -285,7 +285,7 @@ def _sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
     skipped |= dict.fromkeys(recurrent, "it is recurrent, with statistics for each step: batchnorm.recalibrate can")
     sites = [site for site in sites if site.layer_name not in recurrent]
     if not sites:
-        raise ValueError(f"nothing to adapt: the model has no batch normalization layer that can be:{_listed(skipped)}")
+        raise ValueError(f"nothing to adapt: the model has no batch normalization layer that can be:{listed(skipped)}")
     return sites, skipped
 
 
@@ -332,7 +332,3 @@ def _warnings(seen: Target, source: float, predictions: Predictions) -> list[str
 def _write(values: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
     for layer, name, value in values:
         getattr(layer, name).detach().copy_(value)
-
-
-def _listed(skipped: dict[str, str]) -> str:
-    return "".join(f"\n  {name or '(the model)'}: {reason}" for name, reason in skipped.items())

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
 from batchnorm.surgery.adaptation.predictions import Predictions, scores
 from batchnorm.surgery.batches import Forward, call, moved, samples
-from batchnorm.surgery.recalibration.measure import finite, moments_of
+from batchnorm.surgery.recalibration.measure import finite, given, moments_of
 from batchnorm.surgery.recalibration.sites import Site
 
 __all__ = ["Share", "Target", "measure", "mixed"]
@@ -130,12 +129,11 @@ class _Watch:
 
     def _hook(self, site: Site) -> Any:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
+            x, mask = given(layer, args, kwargs)
             if self._source is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
                 return
             if x.dim() < 2 or x.shape[1] != len(site.mean):  # the layer will complain, or has a layout of its own
                 return
-            mask = (kwargs.get("mask", args[2] if len(args) > 2 else None)) if isinstance(layer, _Ours) else None
             moments = moments_of(x, mask)
             if site in self.seen:
                 moments = merge(self.seen[site], moments)

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from batchnorm.activations import module_of
 from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
-from batchnorm.surgery.line import along_outputs, line
+from batchnorm.surgery.line import along_outputs, bias_behind, line
 
 __all__ = ["fold_graph"]
 
@@ -105,7 +105,7 @@ class _Folding:
         weight = source.weight.value.detach()
         scale, shift = line(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, norm.mean.numel())
         scaled = along_outputs(weight, scale, source.groups, source.transposed)
-        bias = shift if source.bias is None else source.bias.value.detach().cpu().double() * scale + shift
+        bias = bias_behind(None if source.bias is None else source.bias.value, scale, shift)
         self._put(source, source.weight, scaled.to(weight))
         if source.bias is None:
             self._add_bias(source, bias.to(weight))

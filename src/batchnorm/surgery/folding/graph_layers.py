@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm.surgery.find import OURS, TORCHS, hooks_of, is_batch_norm, is_frozen
-from batchnorm.surgery.line import TRANSPOSED
+from batchnorm.surgery.line import LINEAR_MAPS, TRANSPOSED
 
 __all__ = ["GraphLayers", "Norm", "RefusalError", "Slot", "Source", "aten", "gives_several"]
 
@@ -51,7 +51,6 @@ _SOURCES: dict[Any, tuple[str, ...]] = {
     aten.mm.default: ("input", "weight"),
 }
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PRODUCTS = (aten.addmm.default, aten.mm.default)
 
 
@@ -243,7 +242,7 @@ class GraphLayers:
         """Give the convolution or linear layer that can take a batch normalization over, or refuse."""
         node, reader = _before_views(norm)
         part = self._modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(part) in _KINDS:
+        if type(part) in LINEAR_MAPS:
             source = self._source_module(node, part)
         elif node.op == "call_function" and node.target in _SOURCES:
             source = self._source_function(node)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.activations import module_of
 from batchnorm.surgery.find import names_of
-from batchnorm.surgery.line import TRANSPOSED, along_inputs, along_outputs, constant_through, line_of
+from batchnorm.surgery.line import TRANSPOSED, along_inputs, along_outputs, bias_behind, constant_through, line_of, wide
 from batchnorm.surgery.norms import Identity
 
 __all__ = ["Step", "take"]
@@ -37,25 +37,25 @@ class Step(NamedTuple):
 def take(model: nn.Module, steps: Iterable[Step]) -> None:
     """Take steps in a model in evaluation mode, in place; all in float64, and rounded once at the end."""
     names = names_of(model)
-    wide: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+    changed: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
     for step in steps:
         layer: Any = model.get_submodule(step.layer)
         module: Any = model.get_submodule(step.module)
-        weight, bias = wide.get(module) or (module.weight, module.bias)
+        weight, bias = changed.get(module) or (module.weight, module.bias)
         groups, transposed = getattr(module, "groups", 1), isinstance(module, TRANSPOSED)
         scale, shift = line_of(layer)
         if step.before:
-            wide[module] = (
+            changed[module] = (
                 along_outputs(weight, scale, groups, transposed),
-                shift if bias is None else shift + _wide(bias) * scale,
+                bias_behind(bias, scale, shift),
             )
         else:
-            wide[module] = along_inputs(weight, scale, groups, transposed), _shifted(weight, bias, shift, groups)
+            changed[module] = along_inputs(weight, scale, groups, transposed), _shifted(weight, bias, shift, groups)
         left = _rest(layer, step.residual)
         for name in names[layer]:
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = left
-    for module, (weight, bias) in wide.items():
+    for module, (weight, bias) in changed.items():
         _set(module, weight, bias)
 
 
@@ -64,7 +64,7 @@ def _shifted(weight: Tensor, bias: Tensor | None, shift: Tensor, groups: int) ->
     if not shift.any():
         return bias
     more = constant_through(weight, shift, groups)
-    return more if bias is None else _wide(bias) + more
+    return more if bias is None else wide(bias) + more
 
 
 def _set(module: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -85,7 +85,3 @@ def _rest(layer: Any, residual: bool) -> nn.Module:
     else:
         rest = nn.Identity() if activation is None else module_of(activation)
     return rest.eval()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double()

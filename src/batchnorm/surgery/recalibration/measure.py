@@ -19,7 +19,7 @@ from batchnorm.recurrent.base import Recurrent
 from batchnorm.recurrent.steps import Norm
 from batchnorm.surgery.recalibration.sites import Site
 
-__all__ = ["Enough", "Watch", "finite", "moments_of", "normalize_with_the_batch"]
+__all__ = ["Enough", "Watch", "finite", "given", "moments_of", "normalize_with_the_batch"]
 
 _LOOPS_FROM = 2**20  # elements; below, copying to float64 costs little, and nothing need be compiled
 _CHUNK = 2**22  # elements that are copied to float64 at once
@@ -68,11 +68,8 @@ class Watch:
             raise Enough
 
     def _hook(self, site: Site) -> Any:
-        ours = isinstance(site.layer, _Ours)
-
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            mask = (kwargs.get("mask", args[2] if len(args) > 2 else None)) if ours else None
+            x, mask = given(layer, args, kwargs)
             channels = site.mean.shape[0]
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or x.shape[1] != channels:
                 what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -100,6 +97,13 @@ class Watch:
     def _add(self, site: Site, moments: Moments) -> None:
         before = self.seen.get(site)
         self.seen[site] = moments if before is None else merge(before, moments)
+
+
+def given(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+    """Find the input and, of a layer of ours, the mask in the arguments that a layer is called with."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    mask = kwargs.get("mask", args[2] if len(args) > 2 else None) if isinstance(layer, _Ours) else None
+    return x, mask
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from batchnorm.surgery.recalibration.clusters import Clusters
 from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer, write
 from batchnorm.surgery.recalibration.sites import Site, sites_of
 from batchnorm.surgery.recalibration.together import Processes
-from batchnorm.surgery.report import for_json
+from batchnorm.surgery.report import for_json, listed
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
 
@@ -211,9 +211,7 @@ def _renewed(seen: Seen, skipped: dict[str, str]) -> dict[Site, Clusters]:
         else:
             renewed[site] = clusters
     if not renewed:
-        raise ValueError(
-            "no layer saw anything to take statistics of" + "".join(f"\n  {n}: {r}" for n, r in skipped.items())
-        )
+        raise ValueError("no layer saw anything to take statistics of" + listed(skipped))
     return renewed
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import Renorm, part
 from batchnorm.surgery.find import is_batch_norm, is_frozen
+from batchnorm.surgery.report import listed
 
 __all__ = ["Site", "sites_of"]
 
@@ -70,9 +71,9 @@ def sites_of(model: nn.Module, layers: str | Iterable[str] | None = None) -> tup
         else:
             sites += _sites(name, layer)
     if not sites:
-        why = "".join(f"\n  {name or '(the model)'}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            "nothing to recalibrate: the model has no batch normalization layer whose running statistics move" + why
+            "nothing to recalibrate: the model has no batch normalization layer whose running statistics move"
+            + listed(skipped)
         )
     lazy = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)), None)
     if lazy is not None:
