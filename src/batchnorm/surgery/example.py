@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from batchnorm.kernels import using
 from batchnorm.surgery.find import shadow
-from batchnorm.surgery.fusing.patterns import Form, has_additions
 
-__all__ = ["Calls", "calls_of", "forms_of", "forward", "seeded"]
+__all__ = ["Arguments", "Calls", "calls_of", "forward", "seeded"]
 
-Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = dict[nn.Module, list[Arguments]]
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -58,35 +57,3 @@ def calls_of(model: nn.Module, inputs: Any) -> Calls:
     with seeded(model), torch.no_grad(), using("aten"):
         forward(twin.eval(), inputs)
     return calls
-
-
-class _Forms(fx.Interpreter):
-    """Notes the shape and dtype of every node's value."""
-
-    def __init__(self, module: fx.GraphModule, found: dict[fx.Node, set[Form]]) -> None:
-        super().__init__(module)
-        self._found = found
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self._found.setdefault(n, set()).add(Form(value.shape, value.dtype))
-        return value
-
-
-def forms_of(
-    module: nn.Module, graph: fx.Graph, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> dict[fx.Node, set[Form]]:
-    """The shapes and dtypes that the values of a module's graph have in those calls."""
-    found: dict[fx.Node, set[Form]] = {}
-    if not has_additions(graph):
-        return found
-    twin, _ = shadow(module)
-    for part in twin.modules():
-        part.training = False
-    runnable = fx.GraphModule(twin, graph)
-    with seeded(module), torch.no_grad(), using("aten"):
-        for args, kwargs in calls:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            _Forms(runnable, found).run(*bound.args)
-    return found

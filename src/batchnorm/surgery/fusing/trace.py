@@ -6,7 +6,8 @@ import inspect
 import operator
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +16,25 @@ from torch import Tensor, fx, nn
 from batchnorm.surgery.find import is_batch_norm, shadow
 from batchnorm.surgery.line import is_linear_map
 
-__all__ = ["UntraceableError", "is_container", "takes_fixed_arguments", "trace"]
+__all__ = ["UntraceableError", "is_container", "refusing", "takes_fixed_arguments", "trace"]
 
 Leaf = Callable[[nn.Module], bool]
 
 
 class UntraceableError(Exception):
     """A forward that a graph cannot stand for; the message says why."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn whatever is raised inside, by user code perhaps, into the reason why a module must be left alone."""
+    try:
+        yield
+    except (UntraceableError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
 
 
 def is_container(module: nn.Module) -> bool:
@@ -55,49 +68,54 @@ def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False
         UntraceableError: with the reason.
     """
     graphs = []
-    for training in modes:
-        try:
-            twin, parts = shadow(module)
-        except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
-            raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
-        for part in twin.modules():
-            part.training = training
-        before = {part: dict(vars(part)) for part in parts}
-        with torch.set_grad_enabled(training):
-            graphs.append(_traced(twin, _through(parts, leaf)))
-        if any(not _same(vars(part), attributes) for part, attributes in before.items()):
-            raise UntraceableError("its forward sets attributes")
-    if str(graphs[0]) != str(graphs[1]):
+    with refusing():
+        for training in modes:
+            graphs.append(_traced(module, leaf, training))
+    if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
     return graphs[0]
 
 
-def _through(parts: dict[nn.Module, nn.Module], leaf: Leaf) -> Leaf:
-    return lambda part: leaf(parts[part])
-
-
-def _traced(module: nn.Module, leaf: Leaf) -> fx.Graph:
+def _traced(module: nn.Module, leaf: Leaf, training: bool) -> fx.Graph:
+    try:
+        twin, parts = shadow(module)
+    except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
+        raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
+    for part in twin.modules():
+        part.training = training
+    before = {part: _attributes(part) for part in parts}
     draws = torch.get_rng_state(), random.getstate()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")  # they will come when the model runs
-            graph = _Tracer(leaf).trace(module)
-    except UntraceableError:
-        raise
-    except Exception as error:  # whatever a forward does when it is given no tensors
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
+            graph = _Tracer(lambda part: leaf(parts[part])).trace(twin)
     finally:
         drawn = not torch.equal(draws[0], torch.get_rng_state()) or draws[1] != random.getstate()
         torch.set_rng_state(draws[0])
         random.setstate(draws[1])
     if drawn:
         raise UntraceableError("it draws random numbers that are no function of its input")
+    if any(not _same(_attributes(part), attributes) for part, attributes in before.items()):
+        raise UntraceableError("its forward sets attributes")
     return graph
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds, and what the lists and dicts among that hold."""
+    return {name: (value, _contents(value)) for name, value in vars(module).items()}
+
+
+def _contents(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, (list, set)) else []
+
+
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+    if now.keys() != before.keys():
+        return False
+    pairs = [(now[name], before[name]) for name in now]
+    return all(a[0] is b[0] and [*map(id, a[1])] == [*map(id, b[1])] for a, b in pairs)
 
 
 class _Proxy(fx.Proxy):
@@ -121,6 +139,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if m not in self.submodule_paths and not [*m.parameters(), *m.buffers()]:  # made on the way, as nn.ReLU()(x)
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
