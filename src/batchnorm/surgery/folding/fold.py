@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
+from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.folding.fold_graph import fold_graph
 from batchnorm.surgery.folding.foldable import Borders, layers_of
 from batchnorm.surgery.folding.handover import Step, take
@@ -110,7 +111,7 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
 
 
 def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
-    whole: nn.Module = model.module() if isinstance(model, ExportedProgram) else copy.deepcopy(model).eval()
+    whole: nn.Module = model.module() if isinstance(model, ExportedProgram) else in_mode(copy.deepcopy(model), False)
     made, folded, skipped = fold_graph(model if isinstance(model, ExportedProgram) else whole)  # type: ignore[arg-type]
     errors = (None, None) if inputs is None else _verified(whole, made, lambda twin: fold_graph(twin)[0], inputs)  # type: ignore[arg-type]
     return Folded(made, folded, skipped, *errors)
@@ -119,7 +120,7 @@ def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
 def _undone(copied: nn.Module) -> nn.Module:
     """A copy without what ``fuse`` gave to its layers, in evaluation."""
     undo(copied)
-    return copied.eval()
+    return in_mode(copied, False)
 
 
 def _check(model: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import calls_of, forward, seeded
+from batchnorm.surgery.example import calls_of, forward, in_mode, seeded
 from batchnorm.surgery.find import names_of, shadow
 from batchnorm.surgery.folding.view import View, hands_on
 from batchnorm.surgery.fusing.observe import Witness
@@ -136,7 +136,7 @@ class _Search:
         for layer in layers:
             layer.register_forward_pre_hook(_Arguments(self.found[original[layer]]), with_kwargs=True)
         with torch.no_grad(), seeded(twin), using("aten"), witness:
-            witness.returned(forward(twin.eval(), inputs))
+            witness.returned(forward(in_mode(twin, False), inputs))
         for layer in layers:
             self._confirm(original[layer], layer, original, witness)
 

@@ -6,7 +6,7 @@ import inspect
 import operator
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ def refusing() -> Iterator[None]:
 def is_container(module: nn.Module) -> bool:
     """Whether a module is not a building block of torch.nn, and so may be looked into."""
     return isinstance(module, nn.Sequential) or not (
-        type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        type(module).__module__.startswith(("torch.nn", "torch.ao.nn", "torch.jit"))
         or is_batch_norm(module)
         or is_linear_map(module)
     )
@@ -53,7 +53,7 @@ def takes_fixed_arguments(module: nn.Module) -> bool:
     return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False)) -> fx.Graph:
+def trace(module: nn.Module, leaf: Leaf, modes: Sequence[bool] = (True, False), to_run: bool = False) -> fx.Graph:
     """Record what a module's forward does with its arguments.
 
     Tracing runs the forward once and believes what happened. So it runs twice, in training with gradients and in
@@ -63,6 +63,7 @@ def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False
         module: it is left as it was.
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
         modes: in which modes to run it, training (True) or evaluation, where one of them alone is asked about.
+        to_run: whether the graph will be the module's forward, so that what is returned must be of its own class.
 
     Raises:
         UntraceableError: with the reason.
@@ -70,25 +71,25 @@ def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False
     graphs = []
     with refusing():
         for training in modes:
-            graphs.append(_traced(module, leaf, training))
+            graphs.append(_traced(module, leaf, training, to_run))
     if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
     return graphs[0]
 
 
-def _traced(module: nn.Module, leaf: Leaf, training: bool) -> fx.Graph:
+def _traced(module: nn.Module, leaf: Leaf, training: bool, to_run: bool) -> fx.Graph:
     try:
         twin, parts = shadow(module)
     except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
         raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
     for part in twin.modules():
         part.training = training
-    before = {part: _attributes(part) for part in parts}
+    before = {part: _attributes(part) for part in parts if not isinstance(part, torch.jit.ScriptModule)}
     draws = torch.get_rng_state(), random.getstate()
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")  # they will come when the model runs
-            graph = _Tracer(lambda part: leaf(parts[part])).trace(twin)
+            graph = _Tracer(lambda part: leaf(parts[part]), to_run).trace(twin)
     finally:
         drawn = not torch.equal(draws[0], torch.get_rng_state()) or draws[1] != random.getstate()
         torch.set_rng_state(draws[0])
@@ -131,17 +132,23 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
+_CONTAINERS = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, leaf: Leaf) -> None:
+    def __init__(self, leaf: Leaf, to_run: bool) -> None:
         super().__init__()
-        self._leaf = leaf
+        self._leaf, self._to_run = leaf, to_run
         self._surroundings = _surroundings()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if m not in self.submodule_paths and not [*m.parameters(), *m.buffers()]:  # made on the way, as nn.ReLU()(x)
+        if m not in (self.submodule_paths or ()) and not [
+            *m.parameters(),
+            *m.buffers(),
+        ]:  # made on the way, as nn.ReLU()(x)
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -154,6 +161,10 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if self._to_run and isinstance(a, (dict, list)) and type(a) not in _CONTAINERS:
+            raise UntraceableError(
+                f"it makes a {type(a).__name__}, of which a graph keeps what is in it, not the class"
+            )
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
         if not known and all(a is not buffer for buffer in self.root.buffers()):
             raise UntraceableError("it makes a tensor that is no function of its input")

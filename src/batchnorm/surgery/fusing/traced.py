@@ -31,7 +31,7 @@ class Tracing:
         rewritten: the modules whose forward was replaced.
     """
 
-    def __init__(self, model: nn.Module, calls: Calls | None, modes: tuple[bool, bool] = (True, False)) -> None:
+    def __init__(self, model: nn.Module, calls: Calls | None, modes: Sequence[bool] = (True, False)) -> None:
         self.fused: dict[nn.Module, str] = {}
         self.methods: dict[nn.Module, str] = {}
         self.reasons: dict[nn.Module, str] = {}
@@ -234,7 +234,9 @@ class Tracing:
         """Replace the module's forward by its graph, in which the calls of other parts stay calls."""
         within = {part for chains in found.values() for chain in chains for part in _inside(module, chain)}
         holding = {part for part in module.modules() if any(True for _ in part.parameters())}
-        graph = trace(module, lambda part: leaf(part) or (part in holding and part not in within), self._modes[-1:])
+        graph = trace(
+            module, lambda part: leaf(part) or (part in holding and part not in within), self._modes[-1:], to_run=True
+        )
         again = self._chains(module, graph)
         chains = [chain for layer in found for chain in again.get(layer, [])]
         if not chains:

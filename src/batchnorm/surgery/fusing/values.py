@@ -36,7 +36,11 @@ class Values:
     """
 
     def __init__(
-        self, module: nn.Module, graph: fx.Graph, calls: Iterable[Arguments], additions: Mapping[fx.Node, Sequence[fx.Node]]
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        calls: Iterable[Arguments],
+        additions: Mapping[fx.Node, Sequence[fx.Node]],
     ) -> None:
         self._module, self._graph, self._calls, self._additions = module, graph, calls, additions
 
@@ -67,7 +71,7 @@ class Values:
 
 class _Run(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, additions: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
-        super().__init__(module, graph=graph)  # type: ignore[arg-type]
+        super().__init__(module, graph=graph)
         self.forms: dict[fx.Node, set[Form]] = {}
         self.overwritten: set[fx.Node] = set()
         self.shared: set[fx.Node] = set()
