@@ -117,8 +117,9 @@ def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> _Step:
         if losses:
             torch.stack([loss.double() for loss in losses]).sum().backward()
     buffers = [b.detach() for b in twin.buffers() if b.is_floating_point()]
-    sources = [*twin.parameters(), *(t for t in tree_leaves(given) if isinstance(t, Tensor) and t.is_leaf)]
-    return _Step([*(y.detach() for y in outputs), *buffers], [t.grad for t in sources if t.grad is not None])
+    sources = [*twin.parameters(), *(t for t in tree_leaves(given) if isinstance(t, Tensor))]
+    gradients = [t.grad for t in sources if t.is_leaf and t.grad is not None]
+    return _Step([*(y.detach() for y in outputs), *buffers], gradients)
 
 
 def _count_once(model: nn.Module) -> None:

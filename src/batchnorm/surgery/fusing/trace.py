@@ -145,10 +145,8 @@ class _Tracer(fx.Tracer):
         return self._leaf(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if m not in (self.submodule_paths or ()) and not [
-            *m.parameters(),
-            *m.buffers(),
-        ]:  # made on the way, as nn.ReLU()(x)
+        made_on_the_way = m not in (self.submodule_paths or ())  # as in nn.ReLU()(x)
+        if made_on_the_way and not [*m.parameters(), *m.buffers()]:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -162,9 +160,7 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if self._to_run and isinstance(a, (dict, list)) and type(a) not in _CONTAINERS:
-            raise UntraceableError(
-                f"it makes a {type(a).__name__}, of which a graph keeps what is in it, not the class"
-            )
+            raise UntraceableError(f"it makes a {type(a).__name__}, whose class a graph does not keep")
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
         if not known and all(a is not buffer for buffer in self.root.buffers()):
             raise UntraceableError("it makes a tensor that is no function of its input")
