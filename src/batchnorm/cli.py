@@ -30,7 +30,7 @@ def main() -> None:
     help="Directory for results.json and report.html.",
 )
 @click.option(
-    "--seeds", type=click.IntRange(min=1), help="Runs for each arm at its best rate, for the verdict.  [default: 8]"
+    "--seeds", type=click.IntRange(min=1), help="Runs of each arm for the verdict, at its best rate.  [default: 8]"
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each run.  [default: 250]")
 @click.option("--quick", is_flag=True, help="Take seconds, not minutes: too few runs for a verdict.")
