@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["copied", "tensors_in"]
 
 
+_EMPTY = (dict, OrderedDict, set)
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in tuples, lists, dicts, dataclasses and plain objects, within each other, each once."""
     return list(_tensors(value, set()))
@@ -51,7 +54,7 @@ def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
         memo: what stands for the objects with these ids in the copy.
     """
     # Every module has a dozen dicts for hooks, nearly all of them empty: to copy these would take most of the time.
-    held = [value for part in module.modules() for value in vars(part).values() if type(value) in (dict, OrderedDict)]
+    held = [value for part in module.modules() for value in vars(part).values() if type(value) in _EMPTY]
     memo = {id(value): type(value)() for value in held if not value} | (memo or {})
     try:
         return copy.deepcopy(module, dict(memo))
