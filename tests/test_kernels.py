@@ -251,3 +251,27 @@ def test_a_small_evaluation_goes_to_aten_and_a_large_one_to_the_loops() -> None:
         y = layer(x)
         assert kernels.ran().forward == "cpu"
     torch.testing.assert_close(y, x * (1 + layer.eps) ** -0.5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_plan_holds_no_memory_that_grows_with_the_channels(layout: str) -> None:
+    """Thousands are kept, one for each shape."""
+    for dtype in plans.DTYPES:
+        for channels in (1, 8192):
+            x = laid((2, channels, 3, 3), 0, dtype, layout)
+            made = (
+                plans.plan(x.shape, x.stride(), dtype),
+                plans.given_plan(x.shape, x.stride(), dtype),
+                plans.sets_plan(x.shape, x.stride(), dtype, 1, False),
+            )
+            for found in made:
+                assert found is not None
+                held = [value for value in found if isinstance(value, torch.Tensor)]
+                assert len(held) == 2
+                assert sum(t.untyped_storage().nbytes() for t in held) <= 16
+                moments, gradient = (torch.empty_like(t) for t in held)
+                assert (moments.shape, moments.dtype) == ((2, channels), torch.float64)
+                assert (gradient.shape, gradient.dtype) == ((channels,), found.statistics)
+                assert moments.is_contiguous()
+                assert gradient.is_contiguous()
+                assert moments.untyped_storage().nbytes() == 16 * channels

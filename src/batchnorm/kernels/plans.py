@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     statistics: torch.dtype  # of weight, bias, running statistics and their gradients
     vector: torch.Size  # theirs
-    moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
+    moments: Tensor  # patterns of one value: `empty_like` costs less than to say what is wanted
     gradient: Tensor
     strides: tuple[int, int, int]  # over batch, channels and space
     share: float  # of one value in its channel: 1 / (batch · space)
@@ -157,8 +157,8 @@ def planned(
         dtype=dtype,
         statistics=statistics,
         vector=torch.Size([channels]),
-        moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
-        gradient=torch.empty(channels, dtype=statistics, device="cpu"),
+        moments=_pattern(2, channels, dtype=torch.float64),
+        gradient=_pattern(channels, dtype=statistics),
         strides=strides,
         share=1.0 / (batch * space),
         row_bits=row_bits,
@@ -167,6 +167,11 @@ def planned(
         forward=split_or_fused(kind, fused, "forward", dtype, PLAIN),
         backward=split_or_fused(kind, fused, "backward", dtype, PLAIN),
     )  # fmt: skip
+
+
+def _pattern(*size: int, dtype: torch.dtype) -> Tensor:
+    """What `empty_like` makes a contiguous tensor of; thousands of plans are kept, so it holds no memory of that size."""
+    return torch.empty((), dtype=dtype, device="cpu").expand(size)
 
 
 def split_or_fused(kind: str, fused: bool, direction: str, dtype: torch.dtype, form: Form) -> launch.Kernel:
