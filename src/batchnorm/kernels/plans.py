@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     statistics: torch.dtype  # of weight, bias, running statistics and their gradients
     vector: torch.Size  # theirs
-    moments: Tensor  # patterns of one value: `empty_like` costs less than to say what is wanted
+    moments: Tensor  # patterns: `empty_like` costs less than to say what is wanted
     gradient: Tensor
     strides: tuple[int, int, int]  # over batch, channels and space
     share: float  # of one value in its channel: 1 / (batch · space)
@@ -169,9 +169,13 @@ def planned(
     )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def _pattern(*size: int, dtype: torch.dtype) -> Tensor:
-    """What `empty_like` makes a contiguous tensor of; thousands of plans are kept, so it holds no memory of that size."""
-    return torch.empty((), dtype=dtype, device="cpu").expand(size)
+    """What `empty_like` makes a tensor of; one for all plans of so many channels, of which thousands may be kept.
+
+    A pattern of one value, expanded, holds no memory at all, but `empty_like` takes 60 ns (7 %) longer.
+    """
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def split_or_fused(kind: str, fused: bool, direction: str, dtype: torch.dtype, form: Form) -> launch.Kernel:
