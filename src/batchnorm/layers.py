@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import UninitializedBuffer
 
-from batchnorm.activations import Activation, activation_of, module_of
+from batchnorm.activations import activation_of, module_of
+from batchnorm.epilogue import WithEpilogue, recorded
 from batchnorm.functional import batch_norm
 from batchnorm.statistics import Accumulated, Batch, Policy, check_policy, own, part
 
@@ -24,11 +25,10 @@ else:
 _STATISTICS = ("running_mean", "running_var")
 
 
-class _Ours(_Base):
+class _Ours(WithEpilogue, _Base):
     """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
 
     # Also what layers have that were pickled, or came from torch.nn, without them.
-    activation: Activation | None = None
     inplace: bool = False
     _statistics: Policy | None = None
 
@@ -60,10 +60,8 @@ class _Ours(_Base):
             mask: ``(N, *space)``, or of a shape that broadcasts to that; bool or weights: the positions that count.
         """
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
-            tracer: Any = input.tracer
-            given = (input,) if residual is None else (input, residual)
-            more = {} if mask is None else {"mask": mask}
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, more)
+            call: Tensor = recorded(self, input, residual, mask, self.activation)
+            return call
         self._check_input_dim(input)
         parameters, buffers = self._parameters, self._buffers
         try:  # a third of what getattr costs

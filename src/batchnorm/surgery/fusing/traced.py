@@ -179,7 +179,7 @@ class Tracing:
         inside = {node for node in graph.nodes if path in _paths(node)}
         if name is None or inside != acts or activation.state_dict() or not _takes_one_argument(activation):
             return False
-        absorb(self._model, layer, activation, name, chains[0].activation)
+        absorb(self._model, self.name(layer), name, chains[0].activation)
         self.note(layer, chains[0], "module replaced")
         return True
 
