@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import Proxy
 
 from batchnorm.activations import Activation, activation_of, applied
 
-__all__ = ["WithEpilogue", "applies", "call", "recorded"]
+__all__ = ["WithEpilogue", "applies", "as_calls", "as_layers", "call", "recorded"]
 
 if TYPE_CHECKING:
     _Base = nn.Module  # what it is mixed into
@@ -31,20 +31,19 @@ class WithEpilogue(_Base):
     activation: Activation | None = None
 
 
-def applies(module: nn.Module, activation: Activation | None) -> bool:
-    """Whether a module adds a residual that it is given, and applies the activation, by itself.
+def applies(module: nn.Module, activation: tuple[str, float] | None) -> bool:
+    """Whether a module, or what it wraps, adds a residual that it is given, and applies the activation, by itself.
 
     Besides our layers these are what wraps one (FSDP, ``torch.compile``), and torch's own activation, which is what
-    ``fold`` and TorchScript leave in a layer's place.
+    ``fold`` and TorchScript leave in a layer's place. Without an activation nothing is asked about it: another place
+    may rely on the layer for one.
     """
-    if isinstance(module, WithEpilogue):
-        return module.activation == activation
-    return any(_is_it(part, activation) for part in module.modules())
+    return _is_it(module, activation) or any(_is_it(part, activation) for part in module.modules())
 
 
-def _is_it(part: nn.Module, activation: Activation | None) -> bool:
+def _is_it(part: nn.Module, activation: tuple[str, float] | None) -> bool:
     if isinstance(part, WithEpilogue):
-        return part.activation == activation
+        return activation is None or part.activation == activation
     try:
         return activation is not None and activation_of(part) == activation
     except TypeError:  # any other module
@@ -56,7 +55,7 @@ def call(
     input: Tensor,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
-    activation: Activation | None = None,
+    activation: tuple[str, float] | None = None,
 ) -> Tensor:
     """Call a layer that was fused; what has taken its place only normalizes, and torch's operators do the rest.
 
@@ -65,19 +64,21 @@ def call(
         input: of the layer.
         residual: added before the activation.
         mask: of the layer. It has no meaning for any but ours.
-        activation: what was fused into the layer.
+        activation: what was fused into the layer: a name and a parameter, since torch.fx takes a plain tuple as it is.
     """
     if isinstance(input, Proxy) and not _knows(input.tracer):
         return recorded(layer, input, residual, mask, activation)
-    masked = {} if mask is None else {"mask": mask}
-    if applies(layer, activation):
-        y: Tensor = layer(input, **masked) if residual is None else layer(input, residual, **masked)
-        return y
-    y = layer(input, **masked)
-    return applied(activation, y if residual is None else y + residual)
+    more = {} if mask is None else {"mask": mask}
+    if residual is not None and applies(layer, activation):
+        more["residual"] = residual
+        return layer(input, **more)  # type: ignore[no-any-return]
+    y: Tensor = layer(input, **more)
+    if residual is not None:
+        return applied(activation_of(activation), y + residual)
+    return y if applies(layer, activation) else applied(activation_of(activation), y)
 
 
-def recorded(layer: Any, input: Any, residual: Any, mask: Any, activation: Activation | None) -> Any:
+def recorded(layer: Any, input: Any, residual: Any, mask: Any, activation: tuple[str, float] | None) -> Any:
     """Let torch.fx record one call of a layer: as torch.nn's, or, if it does more than these, as a call of ``call``.
 
     So the activation is part of the graph, and stays there if the traced module's layers are exchanged.
@@ -88,7 +89,47 @@ def recorded(layer: Any, input: Any, residual: Any, mask: Any, activation: Activ
         return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), more)
     if isinstance(layer, nn.Module):
         layer = tracer.create_proxy("get_attr", tracer.path_of_module(layer), (), {})
-    return tracer.create_proxy("call_function", call, (layer, input), {**more, "activation": activation})
+    return tracer.create_proxy("call_function", call, (layer, input), {**more, "activation": _plain(activation)})
+
+
+def as_calls(graph: fx.Graph, module: nn.Module) -> None:
+    """Let a graph of a module ask, wherever it calls a layer that does more than normalize, whether it still does."""
+    for node in list(graph.nodes):
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, WithEpilogue) and (layer.activation is not None or _has_residual(node)):
+            with graph.inserting_before(node):
+                found = graph.get_attr(str(node.target))
+                more = {**node.kwargs, "activation": _plain(layer.activation)}
+                made = graph.call_function(call, (found, *node.args), more)
+            _exchange(graph, node, made)
+
+
+def as_layers(module: fx.GraphModule) -> None:
+    """The opposite: let a graph call its layers, as far as they are what it takes them for, without asking."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not call:
+            continue
+        (found, *given), more = node.args, dict(node.kwargs)
+        if _is_it(module.get_submodule(str(found.target)), more.pop("activation", None)):
+            with module.graph.inserting_before(node):
+                made = module.graph.call_module(str(found.target), tuple(given), more)
+            _exchange(module.graph, node, made)
+            if not found.users:
+                module.graph.erase_node(found)
+
+
+def _plain(activation: tuple[str, float] | None) -> tuple[str, float] | None:
+    return None if activation is None else tuple(activation)
+
+
+def _has_residual(node: fx.Node) -> bool:
+    return len(node.args) > 1 or node.kwargs.get("residual") is not None
+
+
+def _exchange(graph: fx.Graph, node: fx.Node, made: fx.Node) -> None:
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _knows(tracer: Any) -> bool:

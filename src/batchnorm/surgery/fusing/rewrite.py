@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from batchnorm.activations import Activation, applied
-from batchnorm.epilogue import WithEpilogue, applies, call
+from batchnorm.epilogue import WithEpilogue, applies, as_calls
 from batchnorm.surgery.fusing.patterns import Chain
 
 __all__ = ["Absorbed", "Rewritten", "absorb", "rewrite"]
@@ -157,7 +157,8 @@ def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None
         layer: Any = module.get_submodule(str(chain.call.target))
         layer.activation = chain.activation
         _fuse(graph, chain)
-    graph = _plain(_asking(graph, module))
+    as_calls(graph, module)
+    graph = _plain(graph)
     if isinstance(module, Rewritten):
         layers, activated = layers | set(module._layers), activated | set(module._activated)
         restore(module)
@@ -193,21 +194,6 @@ def _fuse(graph: fx.Graph, chain: Chain) -> None:
         graph.erase_node(node)
         node = before
     graph.erase_node(node)
-
-
-def _asking(graph: fx.Graph, module: nn.Module) -> fx.Graph:
-    """Let the graph ask, whenever it calls a fused layer, whether it is still one."""
-    for node in list(graph.nodes):
-        layer = module.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, WithEpilogue) or (layer.activation is None and len(node.all_input_nodes) == 1):
-            continue
-        with graph.inserting_before(node):
-            found = graph.get_attr(node.target)
-            asking = graph.call_function(call, (found, *node.args), {**node.kwargs, "activation": layer.activation})
-        asking.meta = dict(node.meta)
-        node.replace_all_uses_with(asking)
-        graph.erase_node(node)
-    return graph
 
 
 def _rewritten(
