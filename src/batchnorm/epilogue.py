@@ -29,6 +29,8 @@ class WithEpilogue(_Base):
     """
 
     activation: Activation | None = None
+    # Whether somebody behind it asks for the activation, as `fuse` has them do, and applies it if the layer is gone.
+    _watched: bool = False
 
 
 def applies(module: nn.Module, activation: tuple[str, float] | None) -> bool:
@@ -119,7 +121,7 @@ def as_layers(module: fx.GraphModule) -> None:
 
 
 def _plain(activation: tuple[str, float] | None) -> tuple[str, float] | None:
-    return None if activation is None else tuple(activation)
+    return None if activation is None else (activation[0], activation[1])
 
 
 def _has_residual(node: fx.Node) -> bool:

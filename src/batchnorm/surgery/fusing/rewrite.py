@@ -13,7 +13,7 @@ from batchnorm.activations import Activation, applied
 from batchnorm.epilogue import WithEpilogue, applies, as_calls
 from batchnorm.surgery.fusing.patterns import Chain
 
-__all__ = ["Absorbed", "Rewritten", "absorb", "rewrite"]
+__all__ = ["Absorbed", "Rewritten", "absorb", "let_go", "restore", "rewrite"]
 
 
 class Absorbed(nn.Identity):
@@ -103,10 +103,22 @@ def _gone() -> None:
     """Stand for a reference to what is no longer there."""
 
 
+def take_on(layer: Any, activation: Activation) -> None:
+    """Let a layer apply an activation that the model asks for behind it."""
+    layer.activation, layer._watched = activation, True
+
+
+def let_go(layer: nn.Module | None) -> None:
+    """Let a layer only normalize again, if it is there, and one of ours."""
+    for attribute in ("activation", "_watched"):
+        if isinstance(layer, WithEpilogue):
+            vars(layer).pop(attribute, None)
+
+
 def absorb(model: nn.Module, layer_name: str, name: str, known: Activation) -> None:
     """Let a layer apply an activation, whose module makes room; each has this one name in the model."""
     layer: Any = model.get_submodule(layer_name)
-    layer.activation = known
+    take_on(layer, known)
     around, path, place = model, layer_name.split("."), name.split(".")
     while path[0] == place[0] and len(path) > 1 and len(place) > 1:  # to the smallest module that contains both
         around, path, place = around.get_submodule(path[0]), path[1:], place[1:]
@@ -130,7 +142,8 @@ class Rewritten(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         carrier, layers, activated = state.pop("_pickled")
         super().__setstate__(state)
-        self.__class__ = _rewritten(type(self).__mro__[2], carrier, layers, activated)
+        made: Any = _rewritten(type(self).__mro__[2], carrier, layers, activated)
+        self.__class__ = made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
@@ -155,7 +168,8 @@ def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None
     activated = {str(chain.call.target) for chain in chains if chain.activation is not None}
     for chain in chains:
         layer: Any = module.get_submodule(str(chain.call.target))
-        layer.activation = chain.activation
+        if chain.activation is not None:
+            take_on(layer, chain.activation)
         _fuse(graph, chain)
     as_calls(graph, module)
     graph = _plain(graph)
@@ -213,5 +227,6 @@ def _rewritten(
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
     """Begin to unpickle a module, whose class depends on its state."""
-    made = type(kind.__name__, (Rewritten, kind), {})
-    return made.__new__(made)
+    made: Any = type(kind.__name__, (Rewritten, kind), {})
+    blank: nn.Module = made.__new__(made)
+    return blank

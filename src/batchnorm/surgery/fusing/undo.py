@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.surgery.find import TORCHS
-from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, restore
+from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, let_go, restore
 
 __all__ = ["undo"]
 
@@ -34,14 +34,13 @@ def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:
             staying.update(dict.fromkeys(_parts(module, module._layers), reason))
             continue
         for layer in _parts(module, module._activated):
-            vars(layer).pop("activation", None)  # another package's layer may stand there by now
+            let_go(layer)
         restore(module)
         undone[names[module]] = type(module).__name__
     for parent in names:
         for key, child in parent._modules.items():
             if isinstance(child, Absorbed) and _free(child, names, staying):
-                if child.layer is not None:
-                    vars(child.layer).pop("activation", None)
+                let_go(child.layer)
                 parent._modules[key] = child.original[0].train(child.training)
                 undone[names[child]] = type(child.original[0]).__name__
     return undone, staying
