@@ -69,7 +69,8 @@ def call(
         activation: what was fused into the layer: a name and a parameter, since torch.fx takes a plain tuple as it is.
     """
     if isinstance(input, Proxy) and not _knows(input.tracer):
-        return recorded(layer, input, residual, mask, activation)
+        known = layer.activation if isinstance(layer, WithEpilogue) and _is_it(layer, activation) else activation
+        return recorded(layer, input, residual, mask, known)
     more = {} if mask is None else {"mask": mask}
     if residual is not None and applies(layer, activation):
         more["residual"] = residual
