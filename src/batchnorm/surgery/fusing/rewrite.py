@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.activations import Activation, applied
@@ -134,9 +136,8 @@ class Rewritten(nn.Module):
     _activated: ClassVar[tuple[str, ...]]  # those among them that apply an activation
 
     def __reduce__(self) -> Any:
-        # A graph does not pickle; a GraphModule does, as its source. It is part of the state, since its parts may
-        # refer to this module.
-        carrier = fx.GraphModule(self, copy.deepcopy(self._graph))
+        # A graph does not pickle; a GraphModule does, as its source, which is traced again.
+        carrier = fx.GraphModule(_placeholders(self, self._graph), copy.deepcopy(self._graph))
         return _blank, (type(self).__mro__[2],), {**self.__dict__, "_pickled": (carrier, self._layers, self._activated)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,6 +224,16 @@ def _rewritten(
         "__doc__": kind.__doc__,
     }
     return type(kind.__name__, (Rewritten, kind), body)
+
+
+def _placeholders(module: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    """Something of the same kind for all that a graph of a module names."""
+    named = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    parts = {name: attrgetter(name)(module) for name in named}
+    return {
+        name: nn.Identity() if isinstance(part, nn.Module) else nn.Parameter(torch.empty(0))
+        for name, part in parts.items()
+    }
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
