@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.layers import OWN
 from batchnorm.statistics import Policy, check_policy, own
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
 from batchnorm.surgery.fusing.rewrite import Absorbed
@@ -134,7 +135,7 @@ def _has_activation(layer: Any) -> str:
 def _give_back(layer: Any) -> None:
     layer.statistics = None
     layer.__class__ = TORCHS[type(layer)]
-    for ours in ("activation", "inplace", "_statistics"):
+    for ours in OWN:
         vars(layer).pop(ours, None)
     if layer.weight is None or layer.weight.dtype not in (torch.float16, torch.bfloat16):
         return

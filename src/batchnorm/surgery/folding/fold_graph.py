@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from batchnorm.activations import module_of
+from batchnorm.epilogue import as_layers
 from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
 from batchnorm.surgery.line import along_outputs, bias_behind, line
 
@@ -57,6 +58,7 @@ def fold_graph(model: ExportedProgram | fx.GraphModule) -> tuple[fx.GraphModule,
             raise TypeError(
                 f"cannot fold a {type(model).__name__} as a graph: give an ExportedProgram or a torch.fx.GraphModule"
             )
+    as_layers(module)
     folding = _Folding(module)
     folding.skipped.update(dict.fromkeys(folding.layers.unseen(), "it is in a part that the graph does not look into"))
     for node in list(module.graph.nodes):

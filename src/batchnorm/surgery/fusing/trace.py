@@ -114,6 +114,8 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(fx.Tracer):
+    knows_epilogues = True  # a call of a fused layer is recorded as what it is, a call of the layer
+
     def __init__(self, leaf: Leaf) -> None:
         super().__init__()
         self._leaf = leaf
