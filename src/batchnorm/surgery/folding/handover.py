@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.activations import module_of
 from batchnorm.surgery.find import names_of
 from batchnorm.surgery.line import TRANSPOSED, along_inputs, along_outputs, bias_behind, constant_through, line_of, wide
 from batchnorm.surgery.norms import Identity
+from batchnorm.surgery.reading import following
 
 __all__ = ["Step", "take"]
 
@@ -78,10 +78,9 @@ def _set(module: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def _rest(layer: Any, residual: bool) -> nn.Module:
     """What a layer does besides normalizing."""
-    activation = getattr(layer, "activation", None)
     if residual:
         rest: nn.Module = Identity()
-        rest.activation = activation  # type: ignore[assignment]
+        rest.activation = layer.activation
     else:
-        rest = nn.Identity() if activation is None else module_of(activation)
+        rest = following(layer) or nn.Identity()
     return rest.eval()
