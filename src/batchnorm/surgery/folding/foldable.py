@@ -12,17 +12,16 @@ from torch.nn.parameter import is_lazy
 from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.recurrent.base import Recurrent
-from batchnorm.surgery.find import OURS, TORCHS, hooked_between, hooks_of, is_batch_norm, is_frozen, names_of
+from batchnorm.surgery.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
 from batchnorm.surgery.folding.handover import share_of
 from batchnorm.surgery.folding.neighbours import Neighbours
 from batchnorm.surgery.folding.tried import Call, does_not_take
 from batchnorm.surgery.folding.view import Share
 from batchnorm.surgery.line import TRANSPOSED, channels_of, is_plain, line_of
+from batchnorm.surgery.reading import following, read
 
 __all__ = ["Borders", "layers_of", "no_line"]
 
-_KNOWN = {*OURS, *TORCHS, nn.SyncBatchNorm}
-_TORCHVISION = {"weight", "bias", "running_mean", "running_var"}
 _ELSEWHERE: dict[type[nn.Module], str] = {
     DomainBatchNorm: "its line is another one in each domain",
     ConditionalBatchNorm: "its scale and shift depend on what it is conditioned on",
@@ -58,10 +57,11 @@ def no_line(layer: Any) -> str | None:
         return "its forward has been replaced"
     if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
         return "it has seen no input, and has no statistics yet: run the model once"
-    if kind not in _KNOWN and not _is_torchvisions(layer):
-        if issubclass(kind, nn.modules.batchnorm._BatchNorm):
-            return f"{kind.__name__} is a subclass, which may compute something else"
-        return f"{kind.__name__} is not a batch normalization that is known here"
+    found = None if is_known(kind) else read(layer)
+    if isinstance(found, str):
+        subclass = issubclass(kind, nn.modules.batchnorm._BatchNorm)
+        told = "a subclass, which may compute something else" if subclass else "not a batch normalization known here"
+        return f"{kind.__name__} is {told}: {found}"
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics: its output depends on the batch in evaluation, too"
     if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
@@ -71,13 +71,6 @@ def no_line(layer: Any) -> str | None:
     if not all(bool(torch.isfinite(t).all()) for t in line_of(layer)):
         return "its line is not finite: see its running statistics (a variance of 0 or below and eps?), weight and bias"
     return None
-
-
-def _is_torchvisions(layer: Any) -> bool:
-    """Whether it is torchvision's frozen layer, or detectron2's, which computes the same from the same buffers."""
-    named = type(layer).__name__ == "FrozenBatchNorm2d" and not is_frozen(layer)
-    buffers = set(layer._buffers) - {"num_batches_tracked"}
-    return named and buffers == _TORCHVISION and not layer._parameters and isinstance(vars(layer).get("eps"), float)
 
 
 class Borders:
@@ -105,7 +98,7 @@ class Borders:
         """Why the module behind a layer cannot do the layer's work."""
         if isinstance(found.after, str):
             return found.after
-        if found.given or getattr(layer, "activation", None) is not None:
+        if found.given or following(layer) is not None:
             return f"it does more than normalize before {self.names[found.after[0].module][0]}"
         return self._first(layer, found.after, found, before=False)
 

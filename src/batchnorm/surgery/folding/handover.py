@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.activations import module_of
 from batchnorm.surgery.find import names_of
 from batchnorm.surgery.line import TRANSPOSED, along_inputs, along_outputs, bias_behind, constant_through, line_of, wide
 from batchnorm.surgery.norms import Identity
+from batchnorm.surgery.reading import following
 
 __all__ = ["Step", "handed_over", "leaves_nothing", "put", "share_of", "take"]
 
@@ -91,15 +91,14 @@ def put(module: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def leaves_nothing(layer: Any, step: Step) -> bool:
     """Whether nothing remains of a layer that was folded."""
-    return not step.residual and getattr(layer, "activation", None) is None
+    return not step.residual and following(layer) is None
 
 
 def _rest(layer: Any, residual: bool) -> nn.Module:
     """What a layer does besides normalizing."""
-    activation = getattr(layer, "activation", None)
     if residual:
         rest: nn.Module = Identity()
-        rest.activation = activation  # type: ignore[assignment]
+        rest.activation = layer.activation
     else:
-        rest = nn.Identity() if activation is None else module_of(activation)
+        rest = following(layer) or nn.Identity()
     return rest.eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
 from batchnorm.surgery.find import TORCHS, hooked_between
@@ -92,8 +93,17 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
     tracing = Tracing(made, None if example_inputs is None else calls_of(made, example_inputs))
     tracing.run()
     _observe(made, example_inputs, tracing)
+    _adopted(made, tracing)
     errors = None if example_inputs is None else check(model, made, example_inputs)
     return _result(made, tracing, left, errors)
+
+
+def _adopted(model: nn.Module, tracing: Tracing) -> None:
+    """Note the layers whose own class applied an activation behind normalization, which is one pass now."""
+    for layer in model.modules():
+        activation = adopted_activation(layer)
+        if activation is not None and layer not in tracing.fused:
+            tracing.note(layer, activation.name, "its class's own")
 
 
 def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
