@@ -140,7 +140,8 @@ def _differs(layer: nn.Module, found: Reading) -> str | None:
 def _steps(right: Any, ours: Any, x: Tensor, training: bool) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """A step of both: what they give, what they learn and what they remember, by name."""
     found: list[dict[str, Tensor | None]] = []
-    for layer in (right.train(training), ours.train(training)):
+    for layer in (right, ours):
+        layer.train(training)
         given = x.clone().requires_grad_()
         y = layer(given.clone())  # which it may overwrite
         weights = torch.linspace(0.5, 2, y.numel(), dtype=y.dtype, device="cpu").view(y.shape)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
+from batchnorm.surgery.tensors import copied
 
 __all__ = [
     "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "is_known", "names_of",
@@ -68,5 +68,5 @@ def shadow(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     Returns:
         The copy, and for each of its parts the original part.
     """
-    twin = copy.deepcopy(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
+    twin = copied(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
     return twin, dict(zip(twin.modules(), module.modules(), strict=True))

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, seeded
+from batchnorm.surgery.example import forward, in_mode, seeded
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.foldable import Borders, layers_of
 from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
@@ -142,7 +142,7 @@ def _told_of(model: nn.Module, folded: dict[str, str], skipped: dict[str, str], 
 
 
 def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
-    whole: Any = model.module() if isinstance(model, ExportedProgram) else copy.deepcopy(model).eval()
+    whole: Any = model.module() if isinstance(model, ExportedProgram) else in_mode(copy.deepcopy(model), False)
     given: Any = model if isinstance(model, ExportedProgram) else whole
     if inputs is None:
         return Folded(*fold_graph(given))
@@ -161,8 +161,7 @@ def _folded(graph: Any, names: Sequence[str]) -> nn.Module:
 def _undone(copied: nn.Module) -> nn.Module:
     """A copy without what ``fuse`` gave to its layers, in evaluation."""
     undo(copied)
-    copied.eval()
-    return copied
+    return in_mode(copied, False)
 
 
 def _check(model: Any) -> None:
