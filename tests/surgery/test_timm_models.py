@@ -8,9 +8,9 @@ import pytest
 import torch
 from timm_families import MODELS, MORE, layers_of, measured, model_and_input
 from torch import nn
-from with_timm import timm
 
 import batchnorm
+from with_timm import timm
 
 QUICK = ("mobilenetv3_small_050", "tf_mobilenetv3_small_minimal_100", "regnetx_002", "resnet18d")
 # Of these, fewer layers can be folded: their norms read concatenated features that other norms read, too, and an

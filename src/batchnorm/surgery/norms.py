@@ -9,7 +9,7 @@ from torch.fx import Proxy
 
 from batchnorm.activations import Activation, applied
 
-__all__ = ["GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm"]
+__all__ = ["GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm", "Zero"]
 
 if TYPE_CHECKING:
     _Base = nn.Module  # what it is mixed into
@@ -88,3 +88,11 @@ class RMSNorm(_Following, _ChannelRMSNorm):
 
 class Identity(_Following, nn.Identity):
     """Nothing but the residual and the activation."""
+
+
+class Zero(nn.Module):
+    """Gives 0, to be added to something, where a layer was whose work is done beside it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Give one number, of the input's dtype."""
+        return input.new_zeros(())
