@@ -16,14 +16,12 @@ from torch.nn.parameter import is_lazy
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen
+from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known
 from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
 
 _NARROW = (torch.float16, torch.bfloat16)
-# Those whose evaluation is known to be the formula and nothing else.
-_KNOWN = {*OURS, *TORCHS, nn.SyncBatchNorm}
 # The subclasses that frozen layers are instances of, by the class that they were.
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -173,7 +171,7 @@ def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make(kind: type[nn.Module]) -> type[nn.Module]:
-    how = _Lean if kind in _KNOWN else _Held
+    how = _Lean if is_known(kind) else _Held
     return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
@@ -250,7 +248,7 @@ def _fix(layer: Any) -> None:
 def _told(layer: Any) -> str:
     kind: type[nn.Module] = layer._frozen.kind
     names = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.requires_grad]
-    said = kind.__name__ if kind in _KNOWN else f"{kind.__name__}, kept in evaluation mode"
+    said = kind.__name__ if is_known(kind) else f"{kind.__name__}, kept in evaluation mode"
     return f"{said}; {' and '.join(names)} may learn" if names else said
 
 
@@ -315,7 +313,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             )
     tracked = {layer: layer.track_running_stats for layer in layers.values() if hasattr(layer, "track_running_stats")}
     # Others may not look at that flag. They get copies of their buffers to play with.
-    buffers = {layer: dict(layer._buffers) for layer in layers.values() if type(layer) not in _KNOWN}
+    buffers = {layer: dict(layer._buffers) for layer in layers.values() if not is_known(type(layer))}
     try:
         for layer in tracked:
             layer.track_running_stats = False

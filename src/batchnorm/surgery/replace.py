@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
-from batchnorm.surgery.convert import take_over
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
+from batchnorm.surgery.adopt import obstacle, settle, take_over
+from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 from batchnorm.surgery.line import TRANSPOSED, along_outputs, bias_behind, line_of
 from batchnorm.surgery.sources import Source, sources
@@ -120,8 +120,11 @@ def _fused(model: nn.Module) -> set[nn.Module]:
 def _obstacle(layer: Any, by: str | Policy | None, fused: bool) -> str | None:
     if isinstance(by, Policy) and type(layer) in TORCHS:
         return None
-    if isinstance(by, Policy) or is_frozen(layer) or type(layer) not in {*OURS, *TORCHS, nn.SyncBatchNorm}:
+    if isinstance(by, Policy):
         return obstacle(layer)
+    reason = obstacle(layer) if is_frozen(layer) or not is_known(type(layer)) else None
+    if reason is not None:
+        return reason
     if "forward" in vars(layer):
         return "its forward has been replaced"
     if fused:
@@ -147,10 +150,11 @@ def _flat(layer: nn.Module) -> bool:
 def _changed(name: str, layer: Any, by: str | Policy) -> str:
     """Make one layer something else, and say what."""
     if isinstance(by, Policy):
-        if type(layer) in OURS:
+        if type(layer) not in TORCHS:
             take_over(layer)
         layer.statistics = own(by, name)
         return f"{type(layer).__name__} with {by!r}"
+    _settle(layer)
     ours, channels = type(layer) in TORCHS, layer.num_features
     common: dict[str, Any] = {"eps": layer.eps, "device": "meta"}
     affine = layer.weight is not None
@@ -166,6 +170,12 @@ def _changed(name: str, layer: Any, by: str | Policy) -> str:
     groups, why = (1, "layer normalization over channels and space") if by == "layer" else _groups(layer)
     _become(layer, (norms if ours else nn).GroupNorm(groups, channels, affine=affine, **common))
     return f"GroupNorm({groups}, {channels}): {why}"
+
+
+def _settle(layer: nn.Module) -> None:
+    """Make another package's class plainly ours, which has the activation of that class."""
+    if type(layer) not in OURS and type(layer) is not nn.SyncBatchNorm:
+        settle(layer)
 
 
 def _groups(layer: Any) -> tuple[int, str]:
@@ -214,6 +224,7 @@ def _removed(model: nn.Module, layers: dict[str, Any], inputs: Any) -> tuple[dic
             if before.bias is None:
                 new.append(f"{source.name}.bias")
             done[name] = _handed_over(layer, source)
+        _settle(layer)
         _become(layer, norms.Identity() if type(layer) in TORCHS else nn.Identity())
     return done, tuple(new)
 
