@@ -35,8 +35,9 @@ MODELS = (
 MORE = (
     "mobilenetv3_large_100", "mobilenetv2_035", "mobilenetv4_conv_small", "regnety_002", "ghostnetv2_100", "mixnet_s",
     "tf_mixnet_s", "tf_efficientnetv2_b0", "resnet18", "resnest14d", "legacy_seresnet18", "ecaresnet26t",
-    "cspdarknet53", "cs3darknet_s", "dla34", "vovnet39a", "ese_vovnet19b_dw", "selecsls42", "xception41", "inception_v3", "dpn68",
-    "gernet_s", "lcnet_050", "mnasnet_050", "fbnetc_100", "hardcorenas_a", "repghostnet_050", "fastvit_t8",
+    "cspdarknet53",
+    "cs3darknet_s", "dla34", "vovnet39a", "ese_vovnet19b_dw", "selecsls42", "xception41", "inception_v3",
+    "dpn68", "gernet_s", "lcnet_050", "mnasnet_050", "fbnetc_100", "hardcorenas_a", "repghostnet_050", "fastvit_t8",
     "efficientformer_l1", "levit_128s", "hgnet_tiny", "starnet_s1", "repvit_m0_9", "efficientvit_b0", "tresnet_m",
     "bat_resnext26ts", "inception_v4", "nasnetalarge", "vgg11_bn",
 )  # fmt: skip
