@@ -17,7 +17,8 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.surgery.preserve import preserved, uninterrupted
+from batchnorm.surgery.preserve import preserved
+from batchnorm.surgery.restoring import completely
 
 
 class StopError(Exception):
