@@ -152,7 +152,8 @@ def adapt(
         model: any module.
         data: a tensor or a dict is one batch; any other iterable is one of batches, such as a list, a ``DataLoader`` or
             what ``x.split(64)`` gives. Of a batch that is a tuple or list, as of inputs and targets, the first element
-            is used, of a dict what the model names. For tent, an iterator is kept in memory as a list.
+            is used, of a dict what the model names. The samples of a batch are the first dimension of its first tensor;
+            of objects, such as graphs, that of what the first layer is given. For tent, an iterator is kept in memory as a list.
         method: see above.
         prior: for moments: N, how many samples the source's statistics count for; 0 by default.
         alpha: for alpha: the source's share, from 0 to 1; 0.5 by default, which is our choice and not the paper's.
@@ -258,15 +259,7 @@ def _share(method: Method, prior: float, alpha: float) -> Share:
         return lambda samples: alpha
     if method == "tent" or prior == 0:
         return lambda samples: 0.0
-
-    def of_prior(samples: int) -> float:
-        if samples == 0:
-            raise ValueError(
-                "a batch holds no tensor with samples to count, and a prior is weighed against their number"
-            )
-        return prior / (prior + samples)
-
-    return of_prior
+    return lambda samples: prior / (prior + samples)
 
 
 def _batches(data: Any, method: Method) -> Iterable[Any]:
@@ -278,7 +271,7 @@ def _batches(data: Any, method: Method) -> Iterable[Any]:
 
 
 def _sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
-    sites, skipped = sites_of(model)
+    sites, skipped = sites_of(model, task="adapt")
     recurrent = {s.layer_name: s.layer for s in sites if isinstance(s.layer, Recurrent)}
     skipped |= dict.fromkeys(recurrent, "it is recurrent, with statistics for each step: batchnorm.recalibrate can")
     sites = [site for site in sites if site.layer_name not in recurrent]

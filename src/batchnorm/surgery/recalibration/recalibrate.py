@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from batchnorm.surgery.batches import Forward, as_written, unwrapped
 from batchnorm.surgery.preserve import Values, preserved
 from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer, write
-from batchnorm.surgery.recalibration.sites import Site, sites_of
+from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
+from batchnorm.surgery.recalibration.sites import Site, sites_of, write
 from batchnorm.surgery.recalibration.together import Processes
 from batchnorm.surgery.report import for_json, listed
 from batchnorm.surgery.restoring import completely
