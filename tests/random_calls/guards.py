@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import batchnorm.functional  # and with it all that is watched
 from batchnorm.kernels import launch
 from batchnorm.kernels.form import Form
 from batchnorm.kernels.loops import slots as at

@@ -143,7 +143,7 @@ def _batch(case: Case, subject: Subject, gathered: list[oracle.Set], guard: Any,
     ]
     before = subject.before()
     problem = subject.problem(before, mask)
-    leaves = [t for t in (given_x, subject.weight, subject.bias, residual)]
+    leaves = [given_x, subject.weight, subject.bias, residual]
     x = given_x * 1 if case.inplace else given_x
     if case.inplace and x.stride() != given_x.stride() and given_x.numel():
         x = torch.empty_strided(x.shape, given_x.stride(), dtype=x.dtype).copy_(given_x) if not case.neg else x
