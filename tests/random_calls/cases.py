@@ -206,6 +206,8 @@ def _consistent(case: Case) -> Case:
         change.update(between="", hooks="", inplace=False)
     if case.between.startswith(("layer", "moved")):
         change["call"] = "layer" if len(case.shape) <= 5 else "function"
+    if case.between:
+        change["batches"] = 1  # the next call is another story
     if case.values == 0 or len(case.shape) > 5:
         change.update(kernel="", special="", between="", call="function")
     if case.dtype in ("float32", "float64"):
