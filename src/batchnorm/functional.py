@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import estimation
 from batchnorm.activations import Activation, activation_of, applied
@@ -84,6 +85,15 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2; in place, Rota Bulo et al. 2018, arXiv
     1712.02616.
     """
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
+        extras: dict[str, Any] = {
+            "num_batches_tracked": num_batches_tracked, "activation": activation, "residual": residual,
+            "inplace": inplace, "mask": mask, "statistics": statistics, "state": state,
+        }  # fmt: skip
+        return _overridden(input, running_mean, running_var, weight, bias, training, momentum, eps, **extras)
     alone = activation is None and residual is None
     usual = mask is None and (statistics is None or type(statistics) is Batch)
     if not inplace and not torch.compiler.is_compiling():
@@ -124,6 +134,20 @@ def batch_norm(
     if mask is not None:
         return estimation.evaluate_masked(call, _chosen)
     return _chosen(call)
+
+
+_torchs = F.batch_norm  # as it is, whoever may put ours in its place
+
+
+def _overridden(*positional: Any, **extras: Any) -> Tensor:
+    """Let the tensors' own class, a mode or torch.fx's tracing do it, as torch's functions do."""
+    extras = {name: value for name, value in extras.items() if value is not None and value is not False}
+    y: Tensor = handle_torch_function(batch_norm, (*positional[:5], extras.get("residual")), *positional, **extras)
+    return y
+
+
+# What TorchScript compiles in this function's place; it has no policies, activations or masks.
+batch_norm.__prepare_scriptable__ = lambda: _torchs  # type: ignore[attr-defined]
 
 
 def _chosen(call: Call) -> Tensor:
@@ -233,12 +257,12 @@ def _train_aten(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Momentum 1 makes ATen write the batch's mean and unbiased variance where the running statistics would be."""
     if x.numel() == 0:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None, None
+        return _torchs(x, None, None, weight, bias, True, 0.0, eps), None, None
     dtype = torch.float32 if x.dtype in NARROW else x.dtype
     if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    y = _torchs(x, mean, var, weight, bias, True, 1.0, eps)
     return y, mean, var
 
 

@@ -157,8 +157,8 @@ def planned(
         dtype=dtype,
         statistics=statistics,
         vector=torch.Size([channels]),
-        moments=torch.empty(2, channels, dtype=torch.float64, device="cpu"),
-        gradient=torch.empty(channels, dtype=statistics, device="cpu"),
+        moments=_pattern(2, channels, dtype=torch.float64),
+        gradient=_pattern(channels, dtype=statistics),
         strides=strides,
         share=1.0 / (batch * space),
         row_bits=row_bits,
@@ -167,6 +167,15 @@ def planned(
         forward=split_or_fused(kind, fused, "forward", dtype, PLAIN),
         backward=split_or_fused(kind, fused, "backward", dtype, PLAIN),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _pattern(*size: int, dtype: torch.dtype) -> Tensor:
+    """What `empty_like` makes a tensor of; one for all plans of so many channels, of which thousands may be kept.
+
+    A pattern of one value, expanded, holds no memory at all, but `empty_like` takes 60 ns (7 %) longer.
+    """
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def split_or_fused(kind: str, fused: bool, direction: str, dtype: torch.dtype, form: Form) -> launch.Kernel:

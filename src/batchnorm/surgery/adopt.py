@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation
+from batchnorm.layers import OWN
 from batchnorm.surgery.elementwise import activation_in
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_frozen
 from batchnorm.surgery.reading import Reading, inputs_for, read
@@ -24,7 +25,6 @@ from batchnorm.surgery.trial import aside, plain_state, twin_of
 __all__ = ["adopted_activation", "give_back", "obstacle", "settle", "take_over"]
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_OURS = ("activation", "inplace", "_statistics")  # what layers of ours have beside torch.nn's attributes
 _TOLERANCE = 1e-9
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 _tried: dict[Any, str | None] = {}
@@ -61,7 +61,7 @@ def give_back(layer: nn.Module) -> None:
     """Make a layer of ours what it was: one of torch.nn's, or of another package's class."""
     layer.__class__ = TORCHS[type(layer)]
     origin = layer.__dict__.pop("_adopted", None)
-    for name in _OURS:
+    for name in OWN:
         layer.__dict__.pop(name, None)
     if origin is not None:
         layer.__dict__.update(origin.kept)
@@ -185,6 +185,13 @@ class _Adopted(nn.Module):
 
     _adopted: _Origin
 
+    def _obstacle_to_takeover(self) -> str | None:
+        layer: Any = self
+        reason: str | None = super()._obstacle_to_takeover()  # type: ignore[misc]
+        if reason is None or layer.activation != self._adopted.activation:
+            return reason
+        return f"without its activation {layer.activation.name}: call batchnorm.revert before"
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Let a new part behind normalization, such as ``layer.act``, be the activation, as in its own class."""
         adopted = self.__dict__.get("_adopted")
@@ -220,7 +227,7 @@ class _Adopted(nn.Module):
 
 def _adopt(layer: nn.Module, found: Any) -> None:
     layer.__class__ = _class_for(type(layer))
-    kept = {name: layer.__dict__.pop(name) for name in _OURS if name in layer.__dict__}
+    kept = {name: layer.__dict__.pop(name) for name in OWN if name in layer.__dict__}
     layer.__dict__.update(_adopted=_Origin(found.activation, found.parts, kept), activation=found.activation)
 
 

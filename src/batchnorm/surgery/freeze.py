@@ -17,6 +17,7 @@ from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
 from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known
+from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
 
@@ -62,10 +63,16 @@ class _Before:
     learned: set[str]
 
 
-class _Held(nn.Module):
+class _Held(Guarded, nn.Module):
     """Mixed into the class of a frozen layer: it stays in evaluation mode, whatever its model is told."""
 
     _frozen: _Before
+
+    def _obstacle_to_takeover(self) -> str:
+        return (
+            "which would not be frozen any more: call batchnorm.unfreeze before, and batchnorm.freeze afterwards, "
+            "which holds SyncBatchNorm too"
+        )
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Remember the mode for ``unfreeze``; children, such as a dropout inside, follow it."""

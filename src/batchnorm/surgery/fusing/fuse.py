@@ -141,7 +141,7 @@ def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
         if hooked is not None:
             tracing.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
             continue
-        absorb(model, layer, module, tracing.name(module), activation)
+        absorb(model, tracing.name(layer), tracing.name(module), activation)
         tracing.note(layer, activation.name, "observed")
 
 
