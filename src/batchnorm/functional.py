@@ -12,13 +12,18 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from batchnorm import estimation
 from batchnorm.activations import Activation, activation_of, applied
 from batchnorm.arguments import NARROW, Call, check
-from batchnorm.kernels import cpu, operators, plans, reference
+from batchnorm.kernels import (
+    cpu,
+    gate,
+    library,  # noqa: F401  # defines torch.ops.batchnorm
+    operators,
+    plans,
+    reference,
+)
 from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
 from batchnorm.statistics import Batch, Policy
 
 __all__ = ["batch_norm"]
-
-_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def batch_norm(
@@ -89,11 +94,11 @@ def batch_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        extras: dict[str, Any] = {
+        more: dict[str, Any] = {
             "num_batches_tracked": num_batches_tracked, "activation": activation, "residual": residual,
             "inplace": inplace, "mask": mask, "statistics": statistics, "state": state,
         }  # fmt: skip
-        return _overridden(input, running_mean, running_var, weight, bias, training, momentum, eps, **extras)
+        return _overridden(input, running_mean, running_var, weight, bias, training, momentum, eps, **more)
     alone = activation is None and residual is None
     usual = mask is None and (statistics is None or type(statistics) is Batch)
     if not inplace and not torch.compiler.is_compiling():
@@ -174,7 +179,7 @@ def _common_case(
     bias: Tensor | None,
     batches: Tensor | None,
 ) -> plans.Plan | None:
-    """The loops' plan where nothing needs a closer look: what `_check` and `which` establish, in a tenth of the time.
+    """The loops' plan where nothing needs a closer look: what `check` and `which` establish, in a tenth of the time.
 
     None says only that they must be asked.
     """
@@ -183,13 +188,9 @@ def _common_case(
     plan = plans.plan(x.shape, x.stride(), x.dtype)
     if plan is None:
         return None
-    size, dtype = plan.vector, plan.statistics
-    for t in (running_mean, running_var, weight, bias):
-        if t is not None and not (
-            t.dtype == dtype and t.shape == size and type(t) in _PLAIN and t.is_cpu and t.is_contiguous()
-        ):
-            return None
-    if batches is not None and not (type(batches) in _PLAIN and batches.is_cpu and batches.dtype == torch.int64):
+    if not gate.vectors(plan, running_mean, running_var, weight, bias):
+        return None
+    if batches is not None and not (type(batches) in gate.PLAIN and batches.is_cpu and batches.dtype == torch.int64):
         return None
     return plan if (running_mean is None) == (running_var is None) else None
 
@@ -229,7 +230,7 @@ def _followed(y: Tensor, call: Call) -> Tensor:
 
 def _train_cpu(call: Call) -> Tensor:
     x, plan = plans.laid_out(call.x)
-    weight, bias = operators.ready(call.weight, plan), operators.ready(call.bias, plan)
+    weight, bias = gate.ready(call.weight, plan), gate.ready(call.bias, plan)
     running = None if call.batches is None else cpu.Running(None, None, call.batches, 0.0)
     moved: list[tuple[Tensor, Tensor]] = []
     if call.running_mean is not None and call.running_var is not None:
@@ -249,7 +250,7 @@ def _train_cpu(call: Call) -> Tensor:
 
 def _extras(call: Call, x: Tensor) -> operators.Extras:
     """What goes along with x, laid out like it; a copy of the input, which it is then, can be overwritten as well."""
-    return operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
+    return operators.Extras(call.activation, gate.laid_like(call.residual, x), call.inplace)
 
 
 def _train_aten(
@@ -360,7 +361,7 @@ def _evaluate_with(call: Call) -> Tensor:
     if kernel == "cpu":
         x, plan = plans.laid_out(x, given=True)
         given = torch.stack((running_mean.double(), running_var.double()))
-        weight, bias = operators.ready(weight, plan), operators.ready(bias, plan)
+        weight, bias = gate.ready(weight, plan), gate.ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
     if x.dtype not in NARROW and running_mean.dtype != x.dtype:
         running_mean, running_var = running_mean.to(x.dtype), running_var.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Quantization: torch.ao knows classes by their exact type, so ``revert`` comes first; exported programs need nothing."""
+"""Quantization: torch.ao knows classes by exact type, so ``revert`` comes first; exported programs need nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MODES = {"fuse_modules": (quantization.fuse_modules, False), "fuse_modules_qat":
 @pytest.mark.parametrize(("fuser", "training"), MODES.values(), ids=MODES)
 def test_aos_fusers_refuse_until_revert(make: Callable[[nn.Module], nn.Module], fuser: Any, training: bool) -> None:
     model = make(sequence()).train(training)
-    with pytest.raises(AssertionError, match=r"did not find fuser method for: .*Conv2d.*batchnorm\.layers\.BatchNorm2d"):
+    with pytest.raises(AssertionError, match=r"did not find fuser method for: .*batchnorm\.layers\.BatchNorm2d"):
         fuser(model, LAYERS)
     batchnorm.revert(model)
     expected = sequence().double().train(training)(image().double())
@@ -106,7 +106,7 @@ def test_eager_quantization_refuses_until_revert(make: Callable[[nn.Module], nn.
         result: Tensor = quantization.convert(wrapped)(image())
         return result
 
-    with pytest.raises(NotImplementedError, match=r"not implemented for 'quint8': convert the input to a floating dtype"):
+    with pytest.raises(NotImplementedError, match=r"not implemented for 'quint8': convert the input to"):
         done(make(sequence()))
     model = make(sequence())
     batchnorm.revert(model)

@@ -143,7 +143,7 @@ def test_another_packages_layers_do_what_ours_did(tool: Tool, make: Callable[[],
         assert_right(model, training=True)
 
 
-@pytest.mark.parametrize("make", [converted, fused])
+@pytest.mark.parametrize("make", [converted, fused, frozen])
 def test_mkldnn(make: Callable[[], nn.Module]) -> None:
     class Relu(Network):
         def __init__(self) -> None:
@@ -155,7 +155,9 @@ def test_mkldnn(make: Callable[[], nn.Module]) -> None:
     model = Relu().eval()
     expected = copy.deepcopy(model).double()(image().double())
     batchnorm.convert(model)
-    ours = model if make is converted else batchnorm.fuse(model, image()).model
+    ours = batchnorm.fuse(model, image()).model if make is fused else model
+    if make is frozen:
+        batchnorm.freeze(ours)
     found = mkldnn.to_mkldnn(ours.eval())(image().to_mkldnn()).to_dense()
     assert_close(found, expected)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+
+from batchnorm.layers import channels_of
 
 __all__ = [
-    "CONVOLUTIONS", "LINEAR_MAPS", "TRANSPOSED", "along_inputs", "along_outputs", "bias_behind", "channels_of",
-    "constant_through", "is_linear_map", "is_plain", "line", "line_of", "wide",
+    "CONVOLUTIONS", "LINEAR_MAPS", "TRANSPOSED", "along_inputs", "along_outputs", "bias_behind",
+    "constant_through", "inputs_of", "is_linear_map", "is_plain", "line", "line_of", "outputs_of", "wide",
 ]  # fmt: skip
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,6 +29,16 @@ def is_linear_map(module: nn.Module) -> bool:
         return True
     torchs_own = kind.__module__.startswith("torch.")  # lazy, quantized or parametrized
     return isinstance(module, LINEAR_MAPS) and not torchs_own and not module._modules
+
+
+def outputs_of(module: Any) -> int:
+    """How many channels a convolution or linear layer gives."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+def inputs_of(module: Any) -> int:
+    """How many channels a convolution or linear layer takes."""
+    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -55,7 +66,7 @@ def line(
     Example:
         >>> scale, shift = line(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, bn.num_features)
     """
-    zero = torch.zeros(channels, dtype=torch.float64)
+    zero = torch.zeros(channels, dtype=torch.float64, device="cpu")
     scale = zero + 1 if var is None else (wide(var) + eps).rsqrt()
     if weight is not None:
         scale = scale * wide(weight)
@@ -66,18 +77,6 @@ def line(
 def line_of(layer: Any) -> tuple[Tensor, Tensor]:
     """Give the scale and the shift of a batch normalization layer of any make; see ``line``."""
     return line(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps, channels_of(layer))
-
-
-def channels_of(layer: Any) -> int:
-    """How many channels a batch normalization layer has: as its tensors say, where it has any.
-
-    A lazy layer whose state was loaded says 0; torchvision's frozen one does not say.
-    """
-    for name in ("running_mean", "weight", "bias"):
-        tensor = getattr(layer, name, None)
-        if isinstance(tensor, Tensor) and not is_lazy(tensor):
-            return tensor.numel()
-    return int(layer.num_features)
 
 
 def along_outputs(weight: Tensor, scale: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:

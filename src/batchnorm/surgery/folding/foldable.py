@@ -11,13 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
+from batchnorm.layers import channels_of
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.surgery.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
 from batchnorm.surgery.folding.handover import share_of
 from batchnorm.surgery.folding.neighbours import Neighbours
 from batchnorm.surgery.folding.tried import Call, does_not_take
 from batchnorm.surgery.folding.view import Share
-from batchnorm.surgery.line import TRANSPOSED, channels_of, is_plain, line_of
+from batchnorm.surgery.line import TRANSPOSED, inputs_of, is_plain, line_of, outputs_of
 from batchnorm.surgery.reading import following, read
 
 __all__ = ["Borders", "layers_of", "no_line"]
@@ -117,7 +118,7 @@ class Borders:
     def _obstacle(self, layer: Any, share: Share, found: Neighbours, before: bool) -> str | None:
         module: Any = share.module
         name = self.names[module][0]
-        channels = _channels(module, before)
+        channels = outputs_of(module) if before else inputs_of(module)
         if channels != (channels_of(layer) if share.channels is None else len(share.channels)):
             return f"{name} has {channels} channels there, not {channels_of(layer)}"
         if "forward" in vars(module):
@@ -135,12 +136,6 @@ class Borders:
             reason = does_not_take(module, line, before, self._called_with.get(module))
             reason = reason and f"{name} ({type(module).__name__}) {reason}"
         return reason
-
-
-def _channels(module: Any, outputs: bool) -> int:
-    if isinstance(module, nn.Linear):
-        return module.out_features if outputs else module.in_features
-    return int(module.out_channels if outputs else module.in_channels)
 
 
 def _at_the_border(shift: Tensor, module: Any, name: str) -> str | None:

@@ -15,7 +15,7 @@ from batchnorm.surgery.line import is_linear_map
 from batchnorm.surgery.recorded import Run
 from batchnorm.surgery.watched import read_besides_calls
 
-__all__ = ["Neighbours", "Observed", "Traced"]
+__all__ = ["Neighbours", "Observed", "Traced", "untouched"]
 
 _READ = "its parameters are read by others, too"
 
@@ -60,9 +60,9 @@ class Observed:
         assert before is not None
         assert after is not None
         return Neighbours(
-            _untouched(before, self._touched, self._asked, self._names),
-            _untouched(after, self._touched, self._asked, self._names),
-            _untouched(self._view.beside(layer), self._touched, self._asked, self._names),
+            untouched(before, self._touched, self._asked, self._names),
+            untouched(after, self._touched, self._asked, self._names),
+            untouched(self._view.beside(layer), self._touched, self._asked, self._names),
             everywhere=True,
             given=self._view.given(layer),
         )
@@ -109,9 +109,9 @@ class Traced:
         ]
         before, after = before or guesses[0] or unseen, after or guesses[1] or unseen
         return Neighbours(
-            _untouched(before, self._touched, self._asked, self._names),
-            _untouched(after, self._touched, self._asked, self._names),
-            _untouched(beside, self._touched, self._asked, self._names),
+            untouched(before, self._touched, self._asked, self._names),
+            untouched(after, self._touched, self._asked, self._names),
+            untouched(beside, self._touched, self._asked, self._names),
             guesses[0] is not None or (isinstance(before, str) and guesses[1] is not None),
             everywhere,
             given,
@@ -145,13 +145,20 @@ def asked_for(names: set[str] | None) -> str | None:
     return f"a forward reads its {', '.join(sorted(names))} besides calling it, which nothing in its place would have"
 
 
-def _untouched(
+def untouched(
     shares: tuple[Share, ...] | str,
     touched: set[nn.Module],
     asked: dict[nn.Module, set[str]],
     names: dict[nn.Module, list[str]],
 ) -> tuple[Share, ...] | str:
-    """The same, unless a forward looks at what would change of one of the modules."""
+    """Give the same shares, or which of the modules a forward looks at besides calling it.
+
+    Args:
+        shares: or the reason why there are none.
+        touched: the modules with parameters that others compute with.
+        asked: which attributes others read.
+        names: of all modules.
+    """
     if isinstance(shares, str):
         return shares
     for module, _ in shares:

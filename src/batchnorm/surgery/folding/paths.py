@@ -36,9 +36,10 @@ _METHODS = ("size", "dim")
 _LIKE = ("reshape_as", "view_as", "expand_as", "type_as")
 
 
-def hands_on_module(module: nn.Module) -> bool:
-    """Whether a module gives in evaluation what it is given."""
-    return type(module) in _IDENTITIES and not hooks_of(module)
+def hands_on_module(module: nn.Module, training: bool = False) -> bool:
+    """Whether a module gives what it is given, in evaluation, or in training, too."""
+    kinds = (nn.Identity,) if training else _IDENTITIES
+    return type(module) in kinds and not hooks_of(module)
 
 
 def joins_channels(node: fx.Node) -> bool:

@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from batchnorm.kernels import using
 from batchnorm.surgery.example import seeded
 from batchnorm.surgery.folding.handover import handed_over, put
+from batchnorm.surgery.line import inputs_of
 
 __all__ = ["Call", "does_not_take"]
 
@@ -57,9 +58,8 @@ def _along(x: Tensor, module: Any, line: tuple[Tensor, Tensor]) -> Tensor:
 
 def _random(module: Any) -> Call:
     generator = torch.Generator().manual_seed(0)
-    channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
     sides = [_SIDE + 2 * (size - 1) for size in module.weight.shape[2:]]
-    x = torch.randn(2, channels, *sides, dtype=torch.float64, generator=generator)
+    x = torch.randn(2, inputs_of(module), *sides, dtype=torch.float64, generator=generator)
     return (x.to(module.weight.device),), {}
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from batchnorm.surgery.folding import paths
 from batchnorm.surgery.folding.ranks import rank_of, rank_taken
 from batchnorm.surgery.folding.sums import has_middle, summands
-from batchnorm.surgery.line import is_linear_map
+from batchnorm.surgery.line import is_linear_map, outputs_of
 
-__all__ = ["Share", "View"]
+__all__ = ["Share", "Unclear", "View"]
 
 _TELLS = "example_inputs would tell"
 
@@ -31,16 +31,29 @@ class Share(NamedTuple):
     channels: Tensor | None = None
 
 
+class Unclear(str):
+    """A reason that example inputs would settle."""
+
+    __slots__ = ()
+
+
 class View:
     """A graph, seen from the layers that it calls.
 
     Attributes:
+        run: whether the graph was recorded in a run.
         calls: the nodes that call each module.
         gone: layers that hand on what they are given.
     """
 
     def __init__(
-        self, module: nn.Module, graph: fx.Graph, whole: bool, gone: set[nn.Module], run: bool = False
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        whole: bool,
+        gone: set[nn.Module],
+        run: bool = False,
+        training: bool = False,
     ) -> None:
         """Look at a graph.
 
@@ -50,11 +63,13 @@ class View:
             whole: whether the module is the model, so that nothing is around it.
             gone: layers that are folded, and hand on what they are given; it may grow.
             run: whether the graph was recorded in a run, and knows sizes.
+            training: whether dropout is more than nothing.
         """
         self.whole = whole
         self.calls: dict[nn.Module, list[fx.Node]] = {}
         self.gone = gone
-        self._module, self._graph, self._run = module, graph, run
+        self.run = run
+        self._module, self._graph, self._training = module, graph, training
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(self._called(node), []).append(node)
@@ -93,7 +108,7 @@ class View:
 
     def beside(self, layer: nn.Module) -> tuple[Share, ...] | str:
         """The convolution that reads what a layer reads, and whose output is added to the layer's; or why none does."""
-        if not self._run:  # which alone shows what is overwritten between the two calls
+        if not self.run:  # which alone shows what is overwritten between the two calls
             return f"whether something is beside it, {_TELLS}"
         if len(self.calls[layer]) > 1:
             return "it is called several times"
@@ -161,19 +176,19 @@ class View:
     def _hands_on(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             called = self._called(node)
-            return called in self.gone or paths.hands_on_module(called)
+            return called in self.gone or paths.hands_on_module(called, self._training)
         return paths.is_identity(node)
 
     def _understood(self, node: fx.Node) -> bool:
         """Whether it is known where a movement brings channels: always in a run, which knows sizes."""
-        if self._run or paths.joins_channels(node):
+        if self.run or paths.joins_channels(node):
             return True
         return paths.flattens(node) and all(isinstance(self._map(o), nn.Linear) for o in self._origins(_input(node)))
 
     # --- which channel is where ---
 
     def _shares_before(self, layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Share, ...] | str:
-        if not self._run:
+        if not self.run:
             return self._believed_before(layer)
         shares: dict[nn.Module, list[Tensor | None]] = {module: [] for module in modules}
         for call in self.calls[layer]:
@@ -201,7 +216,7 @@ class View:
         return self._shares(shares)
 
     def _share_after(self, layer: nn.Module, module: nn.Module) -> tuple[Share, ...] | str:
-        if not self._run:
+        if not self.run:
             return self._believed(layer, self.calls[layer][0], [module])
         found: list[Tensor | None] = []
         for call in self.calls[module]:
@@ -271,12 +286,11 @@ class View:
 
     def _joined(self, call: fx.Node, modules: Sequence[Any]) -> tuple[Share, ...] | str:
         if len(list(self._origins(_input(call)))) > len(modules):
-            return f"where the channels of {' and '.join(map(self._name, modules))} go, {_TELLS}"
+            return Unclear(f"where the channels of {' and '.join(map(self._name, modules))} go, {_TELLS}")
         shares, first = [], 0
         for module in modules:
-            channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            shares.append(Share(module, torch.arange(first, first + channels)))
-            first += channels
+            shares.append(Share(module, torch.arange(first, first + outputs_of(module))))
+            first += outputs_of(module)
         return tuple(shares)
 
     def _way(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -286,7 +300,7 @@ class View:
                 yield from self._way(given)
 
     def _unknown_rank(self, linear: nn.Module) -> str:
-        return (
+        return Unclear(
             f"its input may be (N, C) or (N, C, L), whose channels are not the features of {self._name(linear)}, which "
             f"is linear: {_TELLS}"
         )

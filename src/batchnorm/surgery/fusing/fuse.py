@@ -64,7 +64,9 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
 
     A fused layer reads and writes memory once where the original did twice or three times, and keeps less for the
     backward. The copy has the same parameter names, loads the same checkpoints, and can be trained: fuse before
-    building the optimizer, which must hold the copy's parameters. ``batchnorm.revert`` undoes it.
+    building the optimizer, which must hold the copy's parameters. ``batchnorm.revert`` undoes it. If something puts
+    another layer in a fused one's place (SyncBatchNorm, a convolution with the layer folded in), the activation is
+    applied behind it as before.
 
     Layers are found by tracing every module on its own (torch.fx), so that a forward which cannot be traced hides only
     what it does itself; there, with example inputs, activation modules are found by observing a run. Where an

@@ -171,22 +171,21 @@ def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None
     if isinstance(module, Rewritten):
         layers, activated = layers | set(module._layers), activated | set(module._activated)
         kind = kind.__mro__[2]
-    for chain in chains:
-        _fuse(graph, chain)
     taken: list[nn.Module] = []
     try:
         for chain in chains:
-            layer = module.get_submodule(str(chain.call.target))
-            if chain.activation is not None:
+            layer: Any = module.get_submodule(str(chain.call.target))
+            if chain.activation is not None and layer.activation is None:
                 take_on(layer, chain.activation)
                 taken.append(layer)
+            _fuse(graph, chain)
         as_calls(graph, module)
-        traced = fx.GraphModule(module, _plain(graph))
-        module.__class__ = _rewritten(kind, traced, tuple(sorted(layers)), tuple(sorted(activated)))
+        made = _rewritten(kind, fx.GraphModule(module, _plain(graph)), tuple(sorted(layers)), tuple(sorted(activated)))
     except BaseException:
         for layer in taken:
             let_go(layer)
         raise
+    module.__class__ = made
 
 
 def _plain(graph: fx.Graph) -> fx.Graph:

@@ -116,7 +116,20 @@ class Tracing:
         def closed(part: nn.Module) -> bool:
             return not is_container(part) or part in self._opaque or hooks_of(part) or "forward" in vars(part)
 
-        return [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: True]
+        leaves: list[Leaf] = [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: True]
+        return [self._harmless(leaf) for leaf in leaves]
+
+    def _harmless(self, leaf: Leaf) -> Leaf:
+        """Refuse a graph that would not see what a call of a part does to a list or dict."""
+        writing = set() if self._calls is None else self._calls.writing
+
+        def checked(part: nn.Module) -> bool:
+            found = leaf(part)
+            if found and part in writing:
+                raise UntraceableError(f"{self.name(part)}, which cannot be traced, writes into what it is given")
+            return found
+
+        return checked
 
     def _called(self, inwards: Sequence[nn.Module]) -> set[nn.Module]:
         """Modules whose forward runs: a part of another one may also be used for its parts or its other methods."""
@@ -234,10 +247,9 @@ class Tracing:
     def _rewrite(self, module: nn.Module, leaf: Leaf, found: Found) -> None:
         """Replace the module's forward by its graph, in which the calls of other parts stay calls."""
         within = {part for chains in found.values() for chain in chains for part in _inside(module, chain)}
-        holding = {part for part in module.modules() if any(True for _ in part.parameters())}
-        graph = trace(
-            module, lambda part: leaf(part) or (part in holding and part not in within), self._modes[-1:], to_run=True
-        )
+        writing = set() if self._calls is None else self._calls.writing
+        called = {part for part in module.modules() if any(True for _ in part.parameters())} - within - writing
+        graph = trace(module, lambda part: leaf(part) or part in called, self._modes[-1:], to_run=True)
         again = self._chains(module, graph)
         chains = [chain for layer in found for chain in again.get(layer, [])]
         if not chains:
