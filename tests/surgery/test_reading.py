@@ -245,6 +245,16 @@ def test_timms_tools_find_the_activation_of_a_converted_layer() -> None:
     torch.testing.assert_close(frozen.train()(x), right)
 
 
+def test_synchronizing_a_converted_layer_says_to_revert_before() -> None:
+    model = nn.Sequential(BatchNormAct2d(C))
+    batchnorm.convert(model)
+    for function in (nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm):
+        with pytest.raises(RuntimeError, match=r"without its activation relu: call batchnorm\.revert before"):
+            function(copy.deepcopy(model))
+    batchnorm.revert(model)
+    assert type(timm.layers.convert_sync_batchnorm(model)[0]) is SyncBatchNormAct
+
+
 def test_torchscript_gets_the_class_that_it_was() -> None:
     model = nn.Sequential(random_state(BatchNormAct2d(C)))
     batchnorm.convert(model)
