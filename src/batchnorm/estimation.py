@@ -70,13 +70,13 @@ def common_case(
             running = running._replace(batches=None, factor=0.0)
     given = None if recomputing and limits is None else running
     sets = cpu.sets_of(plan, size, weights, counts, limits)
-    if extras.activation is None and extras.residual is None:
-        y = operators.train_cpu(x, plan, weight, bias, given, eps, sets)
-    else:
-        y = operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
-    if state is not None and running.batches is not None and int(running.batches) != before:
-        state.add_(1)
-    return y
+    try:
+        if extras.activation is None and extras.residual is None:
+            return operators.train_cpu(x, plan, weight, bias, given, eps, sets)
+        return operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
+    finally:  # both counters count a batch or none, even where a signal ends the call; two calls would be a gap
+        if state is not None and running.batches is not None:
+            state.add_(running.batches != before)
 
 
 _SUMMED_BY_THREADS = 4096  # weights that a thread sums up in a microsecond
@@ -154,7 +154,7 @@ def _kernel(call: Call, together: bool) -> str:
 def _group(sync: Sync, x: Tensor) -> Group:
     group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
     if not sync.met and not torch.compiler.is_compiling():
-        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4)
+        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4, x.device)
         sync.met.append(True)
     return group
 
@@ -191,11 +191,11 @@ def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tupl
     else:
         x, values, sets = call.x, 0.0, cpu.Sets(1)
         _, plan = plans.laid_out(x.new_zeros((1, C)), given=True)
-    sets = sets._replace(moments=torch.zeros(1, 2, C, dtype=torch.float64), limits=_limits(call))
+    sets = sets._replace(moments=torch.zeros(1, 2, C, dtype=torch.float64, device="cpu"), limits=_limits(call))
     everybodys = []
 
     def merge_moments(own: Tensor) -> tuple[Tensor, float]:
-        count = torch.full((C,), values, dtype=torch.float64)
+        count = torch.full((C,), values, dtype=torch.float64, device="cpu")
         moments = group.merged(Moments(count, own[0], own[1] * values), plan.statistics)
         everybodys.append(moments)
         found = moments.mean, moments.biased_variance
@@ -232,7 +232,7 @@ def _moments(found: Tensor, sets: cpu.Sets, x: Tensor) -> Moments:
         counts = sets.counts
     else:
         n, space = x.shape[0], math.prod(x.shape[2:])
-        counts = torch.full((found.shape[0],), float(sets.size * space), dtype=torch.float64)
+        counts = torch.full((found.shape[0],), float(sets.size * space), dtype=torch.float64, device="cpu")
         counts[-1] = float((n - (found.shape[0] - 1) * sets.size) * space)
     count = counts[:, None].expand(-1, x.shape[1])
     return Moments(count, found[:, 0], found[:, 1] * count)

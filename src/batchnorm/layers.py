@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from batchnorm.activations import activation_of, module_of
 from batchnorm.epilogue import WithEpilogue, recorded
@@ -18,6 +18,7 @@ from batchnorm.takeover import Guarded
 
 __all__ = [
     "OWN", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d",
+    "channels_of",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ OWN = ("activation", "inplace", "_statistics", "_watched")  # attributes that to
 _STATISTICS = ("running_mean", "running_var")
 
 
+def channels_of(layer: Any) -> int:
+    """How many channels a batch normalization layer has: as its tensors say, where it has any.
+
+    A lazy layer whose state was loaded before its first input says 0 for good; torchvision's frozen one does not say.
+    """
+    for name in ("running_mean", "weight", "bias"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, Tensor) and not is_lazy(tensor):
+            return tensor.numel()
+    return int(layer.num_features)
+
+
 class _Ours(WithEpilogue, Guarded, _Base):
     """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
 
@@ -36,7 +49,7 @@ class _Ours(WithEpilogue, Guarded, _Base):
     inplace: bool = False
     _statistics: Policy | None = None
 
-    def _obstacle_to_takeover(self) -> str | None:
+    def _obstacle_to_takeover(self, by: str) -> str | None:
         """What no layer of torch.nn does in this one's place, and what to do instead."""
         if self.activation is None or self._watched:
             return None
@@ -59,7 +72,7 @@ class _Ours(WithEpilogue, Guarded, _Base):
         self._statistics = None if policy is None or type(policy) is Batch else own(policy)
         if policy is not None and policy.STATE is not None:
             batches = self.num_batches_tracked
-            state = policy.state(self.num_features, None if batches is None else batches.device)
+            state = policy.state(channels_of(self), None if batches is None else batches.device)
             self.register_buffer(policy.STATE, state, persistent=policy.KEPT)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -264,8 +277,8 @@ class _LazyBatchNorm(_Ours):
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from the first input; residual and mask, if there are any, say nothing new."""
         super().initialize_parameters(input)  # type: ignore[misc]
+        self.num_features = input.shape[1]  # torch leaves it at 0 where a checkpoint was loaded before
         if part(self._statistics, Accumulated) is not None:
-            self.num_features = input.shape[1]  # torch leaves it at 0 where a checkpoint was loaded before
             self.statistics = self._statistics  # whose buffer is of that size
 
 

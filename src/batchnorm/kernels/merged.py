@@ -88,7 +88,7 @@ class _Merged(torch.autograd.Function):
         record.backward = "cpu"
         needs = ctx.needs_input_grad
         fused = cpu.Fused(activation, residual, bits)
-        own = torch.zeros(2, plan.channels, dtype=torch.float64)
+        own = torch.zeros(2, plan.channels, dtype=torch.float64, device="cpu")
         dx = dz = None
         if x.numel() > 0:
             dx, dz, own = cpu.backward_of_merged(

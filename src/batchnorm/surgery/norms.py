@@ -8,7 +8,7 @@ from torch.fx import Proxy
 from batchnorm.activations import applied
 from batchnorm.epilogue import WithEpilogue, recorded
 
-__all__ = ["GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm"]
+__all__ = ["GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm", "Zero"]
 
 
 class _Following(WithEpilogue):
@@ -78,3 +78,11 @@ class RMSNorm(_Following, _ChannelRMSNorm):
 
 class Identity(_Following, nn.Identity):
     """Nothing but the residual and the activation."""
+
+
+class Zero(nn.Module):
+    """Gives 0, to be added to something, where a layer was whose work is done beside it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Give one number, of the input's dtype."""
+        return input.new_zeros(())

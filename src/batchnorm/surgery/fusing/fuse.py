@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
 from batchnorm.surgery.find import TORCHS, hooked_between
 from batchnorm.surgery.fusing.observe import observed
 from batchnorm.surgery.fusing.rewrite import absorb
 from batchnorm.surgery.fusing.traced import Tracing
+from batchnorm.surgery.tensors import copied
 from batchnorm.surgery.verify import Errors, check
 
 __all__ = ["Fused", "fuse"]
@@ -81,6 +84,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
         The copy, and what was fused and what was left, with the reasons.
 
     Raises:
+        TypeError: if the model was scripted.
         RuntimeError: if the models' results differ; there is no fused model then.
         ValueError: if the example gives no output to compare; from torch, if a lazy layer has seen no input.
 
@@ -89,13 +93,35 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
         >>> print(result)
         >>> optimizer = torch.optim.SGD(result.model.parameters(), lr=0.1)
     """
-    made = copy.deepcopy(model)
-    left = convert(made).skipped
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("the model was scripted, which hides its modules: fuse the original, then script the result")
+    if isinstance(example_inputs, Mapping):  # of whatever class, which nothing need know
+        example_inputs = dict(example_inputs)
+    made = copied(model)
+    left = convert(made).skipped | _scripted(made)
     tracing = Tracing(made, None if example_inputs is None else calls_of(made, example_inputs))
     tracing.run()
     _observe(made, example_inputs, tracing)
+    _adopted(made, tracing)
     errors = None if example_inputs is None else check(model, made, example_inputs)
     return _result(made, tracing, left, errors)
+
+
+def _adopted(model: nn.Module, tracing: Tracing) -> None:
+    """Note the layers whose own class applied an activation behind normalization, which is one pass now."""
+    for layer in model.modules():
+        activation = adopted_activation(layer)
+        if activation is not None and layer not in tracing.fused:
+            tracing.note(layer, activation.name, "its class's own")
+
+
+def _scripted(model: nn.Module) -> dict[str, str]:
+    """The layers that TorchScript has compiled, and why they are left."""
+    return {
+        name: "it was scripted: fuse before torch.jit.script"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name
+    }
 
 
 def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:

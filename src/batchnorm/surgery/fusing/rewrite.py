@@ -161,25 +161,31 @@ class Rewritten(nn.Module):
 
 
 def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None:
-    """Fuse the chains of a module's graph and make the graph its forward.
+    """Fuse the chains of a module's graph and make the graph its forward; if that fails, nothing has changed.
 
     The module keeps its identity, submodules, attributes, hooks and methods: it becomes a subclass of its class.
     """
     layers = {str(chain.call.target) for chain in chains}
     activated = {str(chain.call.target) for chain in chains if chain.activation is not None}
-    for chain in chains:
-        layer: Any = module.get_submodule(str(chain.call.target))
-        if chain.activation is not None:
-            take_on(layer, chain.activation)
-        _fuse(graph, chain)
-    as_calls(graph, module)
-    graph = _plain(graph)
+    kind = type(module)
     if isinstance(module, Rewritten):
         layers, activated = layers | set(module._layers), activated | set(module._activated)
-        restore(module)
-    module.__class__ = _rewritten(
-        type(module), fx.GraphModule(module, graph), tuple(sorted(layers)), tuple(sorted(activated))
-    )
+        kind = kind.__mro__[2]
+    taken: list[nn.Module] = []
+    try:
+        for chain in chains:
+            layer: Any = module.get_submodule(str(chain.call.target))
+            if chain.activation is not None and layer.activation is None:
+                take_on(layer, chain.activation)
+                taken.append(layer)
+            _fuse(graph, chain)
+        as_calls(graph, module)
+        made = _rewritten(kind, fx.GraphModule(module, _plain(graph)), tuple(sorted(layers)), tuple(sorted(activated)))
+    except BaseException:
+        for layer in taken:
+            let_go(layer)
+        raise
+    module.__class__ = made
 
 
 def _plain(graph: fx.Graph) -> fx.Graph:
@@ -198,17 +204,14 @@ def restore(module: nn.Module) -> None:
 
 
 def _fuse(graph: fx.Graph, chain: Chain) -> None:
-    residual = {} if chain.residual is None else {"residual": chain.residual}
-    with graph.inserting_before(chain.last):
+    """Put one call in the place of a chain's nodes: where the residual is known, or else where the layer was called."""
+    residual = {} if chain.add is None else {"residual": chain.residual}
+    with graph.inserting_before(chain.place):
         fused = graph.call_module(str(chain.call.target), chain.call.args, {**chain.call.kwargs, **residual})
     fused.meta = dict(chain.call.meta)
-    node = chain.last
-    node.replace_all_uses_with(fused)
-    while node is not chain.call:  # from the end to the call, over the identities between
-        before = next(a for a in node.all_input_nodes if a is not chain.residual)
+    chain.last.replace_all_uses_with(fused)
+    for node in reversed(chain.nodes):
         graph.erase_node(node)
-        node = before
-    graph.erase_node(node)
 
 
 def _rewritten(

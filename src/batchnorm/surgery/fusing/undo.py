@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.find import TORCHS
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, let_go, restore
 
@@ -41,7 +42,7 @@ def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:
         for key, child in parent._modules.items():
             if isinstance(child, Absorbed) and _free(child, names, staying):
                 let_go(child.layer)
-                parent._modules[key] = child.original[0].train(child.training)
+                parent._modules[key] = in_mode(child.original[0], child.training)
                 undone[names[child]] = type(child.original[0]).__name__
     return undone, staying
 
