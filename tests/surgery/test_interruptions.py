@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.restoring import Restoring, completely
+from batchnorm.surgery.restoring import Restoring
 
 RESTORING = ("restoring.py", "preserve.py")
 EVERYTHING = ("",)

@@ -153,7 +153,8 @@ def adapt(
         data: a tensor or a dict is one batch; any other iterable is one of batches, such as a list, a ``DataLoader`` or
             what ``x.split(64)`` gives. Of a batch that is a tuple or list, as of inputs and targets, the first element
             is used, of a dict what the model names. The samples of a batch are the first dimension of its first tensor;
-            of objects, such as graphs, that of what the first layer is given. For tent, an iterator is kept in memory as a list.
+            of objects, such as graphs, that of what the first layer is given. For tent, an iterator is kept in memory
+            as a list.
         method: see above.
         prior: for moments: N, how many samples the source's statistics count for; 0 by default.
         alpha: for alpha: the source's share, from 0 to 1; 0.5 by default, which is our choice and not the paper's.
