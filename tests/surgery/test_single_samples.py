@@ -84,9 +84,9 @@ def test_layers_that_no_training_moves_are_left() -> None:
         assert "its track_running_stats is False" in report.skipped["1"]
     assert torch.equal(model[1].running_mean, mean)
     model[4].track_running_stats = False
-    with pytest.raises(ValueError, match="nothing to recalibrate: .*\n.*track_running_stats is False"):
+    with pytest.raises(ValueError, match=r"nothing to recalibrate: .*\n.*track_running_stats is False"):
         batchnorm.recalibrate(model, [samples(16)])
-    with pytest.raises(ValueError, match="nothing to adapt: .*\n.*track_running_stats is False"):
+    with pytest.raises(ValueError, match=r"nothing to adapt: .*\n.*track_running_stats is False"):
         batchnorm.adapt(model, samples(16))
 
 
