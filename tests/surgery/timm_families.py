@@ -41,7 +41,10 @@ MORE = (
     "efficientformer_l1", "levit_128s", "hgnet_tiny", "starnet_s1", "repvit_m0_9", "efficientvit_b0", "tresnet_m",
     "bat_resnext26ts", "inception_v4", "nasnetalarge", "vgg11_bn",
 )  # fmt: skip
-SIDES = {"levit_128s": 224, "efficientformer_l1": 224, "inception_v3": 96, "inception_v4": 96, "nasnetalarge": 96}
+SIDES = {
+    "levit_128s": 224, "efficientformer_l1": 224, "bat_resnext26ts": 256, "inception_v3": 96, "inception_v4": 96,
+    "nasnetalarge": 96,
+}  # fmt: skip
 _ACTIVATIONS = (
     F.relu, torch.relu, torch.relu_, F.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.leaky_relu, F.silu,
     F.hardswish, F.gelu, F.elu,

@@ -30,7 +30,10 @@ def is_batch_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return isinstance(module, nn.modules.batchnorm._BatchNorm)  # rather than instance normalization
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
-    return named or {"running_mean", "running_var"} <= module._buffers.keys()
+    computes = (
+        type(module).forward is not nn.Module.forward
+    )  # rather than holds tensors, as in a program of torch.export
+    return named or (computes and {"running_mean", "running_var"} <= module._buffers.keys())
 
 
 def is_known(kind: type[nn.Module]) -> bool:

@@ -253,11 +253,11 @@ class View:
         """What a graph without sizes tells: convolutions are taken to have a batch, linear layers need (N, C)."""
         given = _input(call)
         rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self._module, given)
-        rank = rank or rank_taken(layer)
+        ranks = {rank, rank_taken(layer)} - {None}
         for module in modules:
-            if rank is None and isinstance(module, nn.Linear):
+            if not ranks and isinstance(module, nn.Linear):
                 return self._unknown_rank(module)
-            if rank is not None and rank != module.weight.dim():
+            if ranks and ranks != {module.weight.dim()}:
                 return self._other_axis(module)
         return (Share(modules[0]),) if len(modules) == 1 else self._joined(call, modules)
 
