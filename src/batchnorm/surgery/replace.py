@@ -14,7 +14,7 @@ from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
 from batchnorm.surgery.folding.handover import handed_over, share_of
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 from batchnorm.surgery.sources import Search, Source
@@ -26,7 +26,11 @@ _WAYS = ("group", "layer", "instance", "rms")
 _USUAL_GROUPS = 32
 _FEWEST = 4  # values to normalize with each other: of two, nothing but their order would be left
 # Which attributes of a layer there still are afterwards, with the same meaning.
-_KEPT = {"group": ("weight", "bias", "eps"), "layer": ("weight", "bias", "eps"), "rms": ("weight", "eps")}
+_KEPT: dict[str | None, tuple[str, ...]] = {
+    "group": ("weight", "bias", "eps"),
+    "layer": ("weight", "bias", "eps"),
+    "rms": ("weight", "eps"),
+}
 _KEPT["instance"] = ("num_features", *_KEPT["group"])
 _OWN = (
     "num_features", "eps", "momentum", "affine", "track_running_stats",
@@ -99,6 +103,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         raise ValueError(f"unknown normalization {by!r}: choose from {', '.join(_WAYS)}, None, or give a policy")
     if by is not None and not isinstance(by, (str, Policy)):
         raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
+    settle_lazy(model)
     layers, skipped = {}, {}
     fused = _fused(model)
     for name, layer in model.named_modules():
