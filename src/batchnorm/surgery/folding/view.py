@@ -226,13 +226,18 @@ class View:
         return not paths.is_movement(node)
 
     def _shares(self, found: dict[nn.Module, list[Tensor | None]]) -> tuple[Share, ...] | str:
+        """What all calls agree on; a channel that one of them does not use may be any there."""
         shares = []
-        for module, each in found.items():
-            first = each[0]
-            if not all(first is other or (first is not None and other is not None and first.equal(other))
-                       for other in each):  # fmt: skip
-                return f"its channels are others of {self._name(module)} in each call"
-            shares.append(Share(module, first))
+        for module, (channels, *others) in found.items():
+            for other in others:
+                if channels is None or other is None:
+                    agreed = channels is other
+                else:
+                    agreed = bool(((channels == other) | (channels < 0) | (other < 0)).all())
+                    channels = torch.maximum(channels, other)
+                if not agreed:
+                    return f"its channels are others of {self._name(module)} in each call"
+            shares.append(Share(module, channels))
         return tuple(shares)
 
     def _other_axis(self, module: nn.Module) -> str:
