@@ -185,13 +185,6 @@ class _Adopted(nn.Module):
 
     _adopted: _Origin
 
-    def _obstacle_to_takeover(self) -> str | None:
-        layer: Any = self
-        reason: str | None = super()._obstacle_to_takeover()  # type: ignore[misc]
-        if reason is None or layer.activation != self._adopted.activation:
-            return reason
-        return f"without its activation {layer.activation.name}: call batchnorm.revert before"
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Let a new part behind normalization, such as ``layer.act``, be the activation, as in its own class."""
         adopted = self.__dict__.get("_adopted")
