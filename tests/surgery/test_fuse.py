@@ -285,7 +285,9 @@ def test_a_difference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sequence()
     for wrong in ("silu", "relu6"):
         monkeypatch.setattr(
-            traced, "absorb", lambda m, layer, act, name, known, wrong=wrong: setattr(layer, "activation", (wrong, 0.0))
+            traced,
+            "absorb",
+            lambda m, layer, name, known, wrong=wrong: setattr(m.get_submodule(layer), "activation", (wrong, 0.0)),
         )
         with pytest.raises(RuntimeError, match=r"the fused model's outputs differ by .* the model is unchanged"):
             batchnorm.fuse(model, 10 * image())

@@ -138,6 +138,8 @@ _CONTAINERS = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable
 
 
 class _Tracer(fx.Tracer):
+    knows_epilogues = True  # a call of a fused layer is recorded as what it is, a call of the layer
+
     def __init__(self, leaf: Leaf, to_run: bool) -> None:
         super().__init__()
         self._leaf, self._to_run = leaf, to_run

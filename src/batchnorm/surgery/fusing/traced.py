@@ -231,14 +231,15 @@ class Tracing:
         """Replace the activation's module, if nothing else uses it: no forward need change."""
         acts = {node for chain in chains for node in chain.acts}
         path = min(map(_innermost, acts), key=len, default="")
-        if not path or any(chain.add is not None for chain in chains):
+        known = chains[0].activation
+        if not path or known is None or any(chain.add is not None for chain in chains):
             return False
         activation = module.get_submodule(path)
         name = self.sole_name(activation)
         inside = {node for node in graph.nodes if path in _paths(node) or _is_around(node, path)}
         if name is None or inside != acts or activation.state_dict() or not _takes_one_argument(activation):
             return False
-        absorb(self._model, layer, activation, name, chains[0].activation)
+        absorb(self._model, self.name(layer), name, known)
         self._changed(activation)
         self.note(layer, chains[0], "module replaced")
         return True
