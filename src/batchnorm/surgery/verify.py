@@ -66,7 +66,7 @@ def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool, nudged
     outputs = gradients = 0.0
     for training in (True, False):
         right, found = (_run(model, inputs, training, wide) for model in (before, after))
-        rounded = right if nudged is None else _run(nudged, inputs, training, wide)
+        rounded = _Step([], []) if nudged is None else _run(nudged, inputs, training, wide)
         outputs = max(outputs, largest_difference(found.outputs, right.outputs, rounded.outputs))
         gradients = max(gradients, largest_difference(found.gradients, right.gradients, rounded.gradients))
     return Errors(outputs, gradients)

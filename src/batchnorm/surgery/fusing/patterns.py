@@ -12,7 +12,7 @@ from batchnorm.surgery.find import hooks_of
 from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, is_addition, step
 from batchnorm.surgery.fusing.values import Form, Values
 
-__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described"]
+__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described", "has_zero_channels"]
 
 LEAVES = "its output leaves the graph"
 
@@ -115,7 +115,7 @@ def chain_of(call: fx.Node, parts: Parts, values: Values | None) -> Chain | str:
         nodes += _past_identities(user, parts)
     chain.activation, chain.acts = _activation(nodes[-1], parts)
     if chain.acts:
-        if any(clamps(parts.called(node)) for node in chain.acts) and _zero_channels(parts[str(call.target)]):
+        if any(clamps(parts.called(node)) for node in chain.acts) and has_zero_channels(parts[str(call.target)]):
             return "weight and bias of a channel are 0, where a clamp's gradient is 1 and that of an activation 0"
         chain.nodes = [*nodes, *chain.acts]
     return chain if chain.nodes else _nothing_behind(nodes[-1], parts)
@@ -198,7 +198,7 @@ def _step(node: fx.Node, formulas: dict[fx.Node, str], parts: Parts) -> str | Ac
     return step(called, args, kwargs)
 
 
-def _zero_channels(layer: Any) -> bool:
+def has_zero_channels(layer: Any) -> bool:
     """Whether the output is exactly 0 in a channel, as it is where training starts from zeros."""
     if layer.weight is None:
         return False
