@@ -159,7 +159,7 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     Args:
         found: what is judged.
         right: what it should be.
-        rounded: what it might be for rounding alone; ten times as far off is as good as none.
+        rounded: what it might be for rounding alone. Ten times as far off is no more than the limit of ``check``.
     """
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")
@@ -168,8 +168,7 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     worst = 0.0
     for ours, theirs, size, near in zip(found, right, sizes, rounded or right, strict=True):
         allowed = _ULPS * max(_distance(near, theirs), torch.finfo(theirs.dtype).eps * size) if rounded else 0.0
-        distance = _distance(ours, theirs)
-        worst = max(worst, 0.0 if distance <= allowed else distance / max(size, floor))
+        worst = max(worst, _distance(ours, theirs) / max(size, floor, allowed / _LIMIT))
     return worst
 
 

@@ -125,7 +125,7 @@ def _nothing_behind(end: fx.Node, parts: Parts) -> str:
     """Why nothing that follows can be fused."""
     user = _only_user(end)
     if user is None:
-        readers = " and ".join(described(user, parts) for user in end.users)
+        readers = " and ".join(described(user, parts) for user in _readers(end))
         return f"its output is read by {readers}" if readers else "its output is not used"
     if user.op == "output":
         return LEAVES
@@ -143,8 +143,20 @@ def described(node: fx.Node, parts: Parts) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value; others only ask for its shape and the like, which the fused call does not change."""
+    return [user for user in node.users if not _asks(user)]
+
+
+def _asks(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "is_floating_point")
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    readers = _readers(node)
+    return readers[0] if len(readers) == 1 else None
 
 
 def _past_identities(node: fx.Node, parts: Parts) -> list[fx.Node]:
@@ -173,11 +185,11 @@ def _activation(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.
     grown = True
     while grown:
         grown = False
-        for node in sorted({user for known in formulas for user in known.users} - formulas.keys()):
+        for node in sorted({user for known in formulas for user in _readers(known)} - formulas.keys()):
             found = _step(node, formulas, parts)
             if isinstance(found, Activation):
                 within = {*formulas, node}
-                if all(user in within for known in formulas for user in known.users):
+                if all(user in within for known in formulas for user in _readers(known)):
                     return found, [*list(formulas)[1:], node]
             elif found is not None:
                 formulas[node] = found
@@ -192,7 +204,7 @@ def _step(node: fx.Node, formulas: dict[fx.Node, str], parts: Parts) -> str | Ac
     if isinstance(called, nn.Module) and (hooks_of(called) or "forward" in vars(called)):
         return None
     target = node.all_input_nodes[0]
-    if in_place(called, node.args, node.kwargs) and any(user > node for user in target.users if user is not node):
+    if in_place(called, node.args, node.kwargs) and any(user > node for user in _readers(target)):
         return None
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda a: formulas[a])
     return step(called, args, kwargs)
@@ -216,6 +228,8 @@ def _is_add(node: fx.Node) -> bool:
 def _obstacle_to_adding(call: fx.Node, end: fx.Node, add: fx.Node, values: Values | None) -> str | None:
     if add.args[0] is add.args[1]:
         return "it is added to itself"
+    if any(user < add for user in (*call.users, *end.users) if _asks(user)):
+        return "its shape is asked for before the addition"
     residual: Any = next(a for a in add.args if a is not end)
     if values is None:
         return "an addition needs example_inputs, which tell the shapes"
