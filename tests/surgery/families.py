@@ -74,6 +74,50 @@ def hgnet_v2() -> nn.Module:
     return transformers.HGNetV2Backbone(config)
 
 
+def wav2vec2(kind: str, **more: Any) -> nn.Module:
+    """A model of speech: its input itself gets a gradient in training."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
+        conv_kernel=(3, 3), conv_stride=(2, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0, hidden_dropout=0.0, attention_dropout=0.0,
+        activation_dropout=0.0, feat_proj_dropout=0.0, **more,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}Model")(config)
+
+
+def segformer() -> nn.Module:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], sr_ratios=[2, 1],
+        decoder_hidden_size=8, patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], num_labels=3,
+    )  # fmt: skip
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def upernet() -> nn.Module:
+    stages = [f"stage{i}" for i in (1, 2, 3, 4)]
+    backbone = transformers.ConvNextConfig(hidden_sizes=[4, 8, 8, 8], depths=[1] * 4, num_stages=4, out_features=stages)
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=8, auxiliary_channels=4, auxiliary_in_channels=8, num_labels=3,
+        pool_scales=[1, 2],
+    )  # fmt: skip
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def rt_detr() -> nn.Module:
+    """With blocks of RepVGG's kind in its encoder."""
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8, 8, 16], d_model=16,
+        encoder_ffn_dim=16, encoder_attention_heads=2, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16,
+        decoder_attention_heads=2, decoder_layers=1, num_queries=5, freeze_backbone_batch_norms=False,
+        num_denoising=0, decoder_n_points=2,
+    )  # fmt: skip
+    return transformers.RTDetrModel(config)
+
+
 def convnext() -> nn.Module:
     return transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import levit, mobilenet_v1, mobilevit, regnet, resnet
+from families import levit, mobilenet_v1, mobilevit, regnet, resnet, rt_detr, segformer, upernet, wav2vec2
 from networks import randomized
 from torch import nn
 
@@ -45,3 +45,31 @@ def test_transformers(make: Callable[[], nn.Module], counts: dict[str, int], met
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert batchnorm.revert(result.model).skipped == {}
     assert [type(m) for m in result.model.modules()] == [type(m) for m in model.modules()]
+
+
+SPEECH, IMAGES = {"input_values": (2, 200)}, {"pixel_values": (2, 3, 64, 64)}
+# The same for what is built on such models; and how many layers are left, whose outputs no activation reads.
+BUILT: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]], dict[str, int], int]] = {
+    "Wav2Vec2-Conformer": (lambda: wav2vec2("Wav2Vec2Conformer"), SPEECH, {"gelu": 1}, 0),
+    "Hubert": (lambda: wav2vec2("Hubert", conv_pos_batch_norm=True), SPEECH, {}, 1),
+    "SegFormer": (segformer, IMAGES, {"relu": 1}, 0),
+    "UperNet": (upernet, IMAGES, {"relu": 11}, 0),
+    "RT-DETR": (rt_detr, IMAGES, {"relu": 7, "silu": 12, "add + relu": 4, "add + silu": 12}, 22),
+}
+
+
+@pytest.mark.parametrize(("make", "shapes", "counts", "left"), BUILT.values(), ids=BUILT.keys())
+@kernels.using("aten")  # compiles nothing
+def test_models_with_heads_and_encoders(
+    make: Callable[[], nn.Module], shapes: dict[str, tuple[int, ...]], counts: dict[str, int], left: int
+) -> None:
+    torch.manual_seed(0)
+    model = randomized(make())
+    result = batchnorm.fuse(model, {name: torch.randn(shape) for name, shape in shapes.items()})
+    assert Counter(result.fused.values()) == counts
+    assert len(result.skipped) == left
+    assert all(
+        why.startswith(("followed by", "it is the residual of", "its output is")) for why in result.skipped.values()
+    )
+    assert max(result.max_error, result.max_gradient_error) < 1e-4
+    assert batchnorm.revert(result.model).skipped == {}
