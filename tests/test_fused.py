@@ -416,7 +416,10 @@ def test_fx_records_the_layer_with_its_residual() -> None:
     traced = torch.fx.symbolic_trace(block)
     x = torch.randn(2, 4, 3, 3)
     torch.testing.assert_close(traced(x), block(x))
-    assert [len(node.args) for node in traced.graph.nodes if node.target == "bn"] == [2]
+    found, calls = ([n for n in traced.graph.nodes if n.op == op] for op in ("get_attr", "call_function"))
+    assert [node.target for node in found] == ["bn"]
+    assert [node.args[0] for node in calls] == found
+    assert calls[0].kwargs["residual"].op == "placeholder"
 
 
 def test_other_layouts_of_the_residual_are_added_all_the_same() -> None:

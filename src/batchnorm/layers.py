@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from batchnorm.activations import Activation, activation_of, module_of
+from batchnorm.activations import activation_of, module_of
+from batchnorm.epilogue import WithEpilogue, recorded
 from batchnorm.functional import batch_norm
 from batchnorm.statistics import Accumulated, Batch, Policy, check_policy, own, part
+from batchnorm.takeover import Guarded
 
 __all__ = [
-    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d", "channels_of",
+    "OWN", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d",
+    "channels_of",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+OWN = ("activation", "inplace", "_statistics", "_watched")  # attributes that torch.nn's layers do not have
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -38,13 +42,21 @@ def channels_of(layer: Any) -> int:
     return int(layer.num_features)
 
 
-class _Ours(_Base):
+class _Ours(WithEpilogue, Guarded, _Base):
     """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
 
     # Also what layers have that were pickled, or came from torch.nn, without them.
-    activation: Activation | None = None
     inplace: bool = False
     _statistics: Policy | None = None
+
+    def _obstacle_to_takeover(self) -> str | None:
+        """What no layer of torch.nn does in this one's place, and what to do instead."""
+        if self.activation is None or self._watched:
+            return None
+        return (
+            f"without its activation {self.activation.name}: set its activation to None and put the activation's "
+            "module behind it; or keep it, and convert(model, statistics=Sync()) instead"
+        )
 
     @property
     def statistics(self) -> Policy:
@@ -74,10 +86,8 @@ class _Ours(_Base):
             mask: ``(N, *space)``, or of a shape that broadcasts to that; bool or weights: the positions that count.
         """
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
-            tracer: Any = input.tracer
-            given = (input,) if residual is None else (input, residual)
-            more = {} if mask is None else {"mask": mask}
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, more)
+            call: Tensor = recorded(self, input, residual, mask, self.activation)
+            return call
         self._check_input_dim(input)
         parameters, buffers = self._parameters, self._buffers
         try:  # a third of what getattr costs
@@ -176,7 +186,7 @@ def _torch_twin(layer: nn.Module) -> nn.Module:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     kind = next(kind for kind in kinds if isinstance(layer, kind))
     twin: nn.Module = kind.__new__(kind)
-    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("activation", "inplace", "_statistics")})
+    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in OWN})
     return twin
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation
+from batchnorm.layers import OWN
 from batchnorm.surgery.elementwise import activation_in
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_frozen
 from batchnorm.surgery.reading import Reading, inputs_for, read
@@ -24,7 +25,6 @@ from batchnorm.surgery.trial import aside, plain_state, twin_of
 __all__ = ["adopted_activation", "give_back", "obstacle", "settle", "take_over"]
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_OURS = ("activation", "inplace", "_statistics")  # what layers of ours have beside torch.nn's attributes
 _TOLERANCE = 1e-9
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 _tried: dict[Any, str | None] = {}
@@ -61,7 +61,7 @@ def give_back(layer: nn.Module) -> None:
     """Make a layer of ours what it was: one of torch.nn's, or of another package's class."""
     layer.__class__ = TORCHS[type(layer)]
     origin = layer.__dict__.pop("_adopted", None)
-    for name in _OURS:
+    for name in OWN:
         layer.__dict__.pop(name, None)
     if origin is not None:
         layer.__dict__.update(origin.kept)
@@ -140,7 +140,8 @@ def _differs(layer: nn.Module, found: Reading) -> str | None:
 def _steps(right: Any, ours: Any, x: Tensor, training: bool) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """A step of both: what they give, what they learn and what they remember, by name."""
     found: list[dict[str, Tensor | None]] = []
-    for layer in (right.train(training), ours.train(training)):
+    for layer in (right, ours):
+        layer.train(training)
         given = x.clone().requires_grad_()
         y = layer(given.clone())  # which it may overwrite
         weights = torch.linspace(0.5, 2, y.numel(), dtype=y.dtype, device="cpu").view(y.shape)
@@ -219,7 +220,7 @@ class _Adopted(nn.Module):
 
 def _adopt(layer: nn.Module, found: Any) -> None:
     layer.__class__ = _class_for(type(layer))
-    kept = {name: layer.__dict__.pop(name) for name in _OURS if name in layer.__dict__}
+    kept = {name: layer.__dict__.pop(name) for name in OWN if name in layer.__dict__}
     layer.__dict__.update(_adopted=_Origin(found.activation, found.parts, kept), activation=found.activation)
 
 

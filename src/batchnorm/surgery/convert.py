@@ -86,8 +86,10 @@ def revert(model: nn.Module) -> Converted:
 
     Fused activations and forwards go back to the modules that had them. A model of which nothing was left can be
     pickled and loaded without this package. torch.nn runs half-precision parameters only with statistics of their
-    dtype: such statistics are rounded to it. ``inplace``, which changes memory and not results, is dropped, and so are
-    policies, which torch.nn does not have.
+    dtype: such statistics are rounded to it. It comes before tools that know torch.nn's classes by their exact type:
+    ``torch.ao.quantization`` ("did not find fuser method"), Opacus' validator, ``type(m) is nn.BatchNorm2d``; where
+    another package has put its own layers into a fused model, it gives them their activations back. ``inplace``, which
+    changes memory and not results, is dropped, and so are policies, which torch.nn does not have.
 
     Args:
         model: any module; it may be a layer of ours itself.

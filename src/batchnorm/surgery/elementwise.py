@@ -52,7 +52,10 @@ def activation_in(module: nn.Module) -> Activation | None:
 def _tried(module: nn.Module) -> Activation | None:
     try:
         twin = copy.deepcopy(module)
-        found = {recognized(twin.train(training)) for training in (True, False)}
+        found = set()
+        for training in (True, False):
+            twin.train(training)
+            found.add(recognized(twin))
     except Exception:  # whatever a module does that is no activation
         return None
     return found.pop() if len(found) == 1 else None

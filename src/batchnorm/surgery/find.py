@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
+from batchnorm.surgery.tensors import copied
 
 __all__ = [
     "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "is_known", "names_of",
@@ -32,9 +32,7 @@ def is_batch_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return isinstance(module, nn.modules.batchnorm._BatchNorm)  # rather than instance normalization
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
-    computes = (
-        type(module).forward is not nn.Module.forward
-    )  # rather than holds tensors, as in a program of torch.export
+    computes = type(module).forward is not nn.Module.forward  # rather than only hold a graph's tensors
     return named or (computes and {"running_mean", "running_var"} <= module._buffers.keys())
 
 
@@ -88,5 +86,5 @@ def shadow(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     Returns:
         The copy, and for each of its parts the original part.
     """
-    twin = copy.deepcopy(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
+    twin = copied(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
     return twin, dict(zip(twin.modules(), module.modules(), strict=True))

@@ -66,7 +66,7 @@ def line(
     Example:
         >>> scale, shift = line(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, bn.num_features)
     """
-    zero = torch.zeros(channels, dtype=torch.float64)
+    zero = torch.zeros(channels, dtype=torch.float64, device="cpu")
     scale = zero + 1 if var is None else (wide(var) + eps).rsqrt()
     if weight is not None:
         scale = scale * wide(weight)

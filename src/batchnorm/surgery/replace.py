@@ -129,7 +129,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
 
 def _fused(model: nn.Module) -> set[nn.Module]:
     """The layers that ``fuse`` has given more to do."""
-    found = {module.layer[0] for module in model.modules() if isinstance(module, Absorbed)}
+    found = {m.layer for m in model.modules() if isinstance(m, Absorbed) and m.layer is not None}
     for module in model.modules():
         if isinstance(module, Rewritten):
             found |= {module.get_submodule(name) for name in module._layers}

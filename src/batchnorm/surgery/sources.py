@@ -65,7 +65,7 @@ class Search:
             return self._neighbour(layer)
         if isinstance(found, str):
             return found
-        reason = self._borders.before(layer, Neighbours(found, "", everywhere=True))
+        reason = self._borders.before(layer, Neighbours(found, "", "", everywhere=True))
         reason = reason or next((why for why in (self._obstacle(layer, share.module) for share in found) if why), None)
         if reason is not None:
             return reason

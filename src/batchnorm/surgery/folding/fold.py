@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, seeded
+from batchnorm.surgery.example import forward, in_mode, own, seeded
 from batchnorm.surgery.find import settle_lazy
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.foldable import Borders, layers_of
@@ -22,6 +22,7 @@ from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
 from batchnorm.surgery.folding.neighbours import Observed, Traced
 from batchnorm.surgery.folding.proof import Proof
 from batchnorm.surgery.fusing.undo import undo
+from batchnorm.surgery.norms import Zero
 from batchnorm.surgery.recorded import recorded
 
 __all__ = ["Folded", "fold"]
@@ -65,7 +66,9 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
     In evaluation batch normalization is scale · x + shift. The convolution or linear layer before it takes both over,
     exactly: its weight is scaled along the outputs, and it gets a bias. Where there is none before, or it feeds others
     too, the one behind takes the line over, along its inputs, where that is exact: not where zeros are padded and the
-    layer shifts. An activation or residual addition of a layer of ours remains in its place.
+    layer shifts. Where a run shows that the output of a convolution with the same input is added to the layer's, as in
+    RepVGG, the convolution takes the line over in the middle of its kernel, and 0 is added. An activation or residual
+    addition of a layer of ours remains in its place.
 
     Which modules are next to each other is read from the graphs of all modules that torch.fx can trace, and observed in
     a run of the example inputs. Without these, a module that cannot be traced hides what it does itself, except for
@@ -120,7 +123,7 @@ def _seen(model: nn.Module, inputs: Any) -> tuple[Any, Observed | Traced, Border
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:
     with seeded(model), torch.no_grad(), using("aten"):
-        return forward(copy.deepcopy(model), inputs)
+        return forward(copy.deepcopy(model), own(inputs))
 
 
 def _taken(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
@@ -143,7 +146,7 @@ def _told_of(model: nn.Module, folded: dict[str, str], skipped: dict[str, str], 
 
 
 def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
-    whole: Any = model.module() if isinstance(model, ExportedProgram) else copy.deepcopy(model).eval()
+    whole: Any = model.module() if isinstance(model, ExportedProgram) else in_mode(copy.deepcopy(model), False)
     given: Any = model if isinstance(model, ExportedProgram) else whole
     if inputs is None:
         return Folded(*fold_graph(given))
@@ -163,8 +166,7 @@ def _undone(copied: nn.Module) -> nn.Module:
     """A copy without what ``fuse`` gave to its layers, in evaluation."""
     undo(copied)
     settle_lazy(copied)
-    copied.eval()
-    return copied
+    return in_mode(copied, False)
 
 
 def _check(model: Any) -> None:
@@ -214,12 +216,17 @@ def _step(name: str, layer: nn.Module, seen: Observed | Traced, borders: Borders
     """How a layer goes into its neighbours, or why it cannot."""
     around = seen.of(layer)
     reasons = borders.before(layer, around), borders.after(layer, around)
-    if None not in reasons:
-        return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
-    before = reasons[0] is None
-    shares: Any = around.before if before else around.after
-    modules = tuple((borders.names[module][0], channels) for module, channels in shares)
-    return Step(name, modules, before, "residual" in around.given, around.guessed)
+    if None in reasons:
+        before = reasons[0] is None
+        modules = _named(around.before if before else around.after, borders)
+        return Step(name, modules, before, "residual" in around.given, around.guessed)
+    if borders.beside(layer, around) is None:
+        return Step(name, _named(around.beside, borders), before=False, beside=True)
+    return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
+
+
+def _named(shares: Any, borders: Borders) -> tuple[tuple[str, Tensor | None], ...]:
+    return tuple((borders.names[module][0], channels) for module, channels in shares)
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -234,10 +241,11 @@ def _tied(model: nn.Module) -> set[str]:
 
 def _told(made: nn.Module, step: Step, tied: set[str]) -> str:
     names = [name for name, _ in step.modules]
-    said = f"into {' and '.join(names)}" + ("" if step.before else ", which follows")
+    where = ", which is added to it" if step.beside else "" if step.before else ", which follows"
+    said = f"into {' and '.join(names)}{where}"
     if step.guessed:
         said += ", beside it in a Sequential"
     if any(name in tied for name in names):
         said += ", which has a weight of its own now"
     left = made.get_submodule(step.layer)
-    return said if type(left) is nn.Identity else f"{said}; {left} remains"
+    return said if type(left) in (nn.Identity, Zero) else f"{said}; {left} remains"

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.shape_prop import ShapeProp
 
 from batchnorm.activations import module_of
+from batchnorm.epilogue import as_layers
 from batchnorm.kernels import using
 from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
 from batchnorm.surgery.line import along_outputs, bias_behind, line
@@ -64,6 +65,7 @@ def fold_graph(
             raise TypeError(
                 f"cannot fold a {type(model).__name__} as a graph: give an ExportedProgram or a torch.fx.GraphModule"
             )
+    as_layers(module)
     folding = _Folding(module, only)
     folding.skipped.update(dict.fromkeys(folding.layers.unseen(), "it is in a part that the graph does not look into"))
     for node in list(module.graph.nodes):

@@ -103,6 +103,14 @@ class Borders:
             return f"it does more than normalize before {self.names[found.after[0].module][0]}"
         return self._first(layer, found.after, found, before=False)
 
+    def beside(self, layer: Any, found: Neighbours) -> str | None:
+        """Why a convolution whose output is added to the layer's cannot do the layer's work."""
+        if isinstance(found.beside, str):
+            return found.beside
+        if found.given or following(layer) is not None:
+            return "it does more than normalize before the sum"
+        return self._first(layer, found.beside, found, before=True)
+
     def _first(self, layer: Any, shares: tuple[Share, ...], found: Neighbours, before: bool) -> str | None:
         reasons = (self._obstacle(layer, share, found, before) for share in shares)
         return next((reason for reason in reasons if reason is not None), None)

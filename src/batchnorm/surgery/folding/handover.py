@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery.find import names_of
+from batchnorm.surgery.folding.sums import in_the_middle
 from batchnorm.surgery.line import TRANSPOSED, along_inputs, along_outputs, bias_behind, constant_through, line_of, wide
-from batchnorm.surgery.norms import Identity
+from batchnorm.surgery.norms import Identity, Zero
 from batchnorm.surgery.reading import following
 
 __all__ = ["Step", "handed_over", "leaves_nothing", "put", "share_of", "take"]
@@ -25,6 +26,7 @@ class Step(NamedTuple):
         before: whether these come before the layer, or behind it.
         residual: whether the layer is called with a residual, which remains to be added.
         guessed: whether only the order in a ``Sequential`` says that they belong together.
+        beside: whether the module is neither, but reads the same input, and its output is added to the layer's.
     """
 
     layer: str
@@ -32,6 +34,7 @@ class Step(NamedTuple):
     before: bool
     residual: bool = False
     guessed: bool = False
+    beside: bool = False
 
 
 def take(model: nn.Module, steps: Iterable[Step]) -> None:
@@ -43,8 +46,12 @@ def take(model: nn.Module, steps: Iterable[Step]) -> None:
         for name, channels in step.modules:
             module: Any = model.get_submodule(name)
             weight, bias = changed.get(module) or (module.weight, module.bias)
-            changed[module] = handed_over(module, weight, bias, share_of(layer, channels), step.before)
-        left = _rest(layer, step.residual)
+            line = share_of(layer, channels)
+            if step.beside:
+                changed[module] = in_the_middle(module, weight, bias, line)
+            else:
+                changed[module] = handed_over(module, weight, bias, line, step.before)
+        left = Zero() if step.beside else _rest(layer, step.residual)
         for name in names[layer]:
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = left
@@ -91,7 +98,7 @@ def put(module: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def leaves_nothing(layer: Any, step: Step) -> bool:
     """Whether nothing remains of a layer that was folded."""
-    return not step.residual and following(layer) is None
+    return not step.beside and not step.residual and following(layer) is None
 
 
 def _rest(layer: Any, residual: bool) -> nn.Module:

@@ -28,6 +28,8 @@ class Neighbours:
         before: the convolutions or linear layers that feed the layer and nothing else, with their shares of its
             channels; or why there are none.
         after: the one that reads the layer's output, which nothing else reads, and nothing else; or why there is none.
+        beside: the convolution that reads what the layer reads, and whose output is added to the layer's; or why there
+            is none.
         guessed: whether these are only next to it in a ``Sequential``, which is taken to be called as a whole.
         everywhere: whether all calls in the model were seen, so that shared modules are no danger.
         given: what else the layer is called with: a residual, a mask.
@@ -35,6 +37,7 @@ class Neighbours:
 
     before: tuple[Share, ...] | str
     after: tuple[Share, ...] | str
+    beside: tuple[Share, ...] | str
     guessed: bool = False
     everywhere: bool = False
     given: set[str] = field(default_factory=set)
@@ -52,13 +55,14 @@ class Observed:
         why = missed(self._asked.get(layer, ())) or (_READ if layer in self._touched else None)
         why = why or (None if layer in self._view.calls else "the example_inputs do not reach it")
         if why is not None:
-            return Neighbours(why, why, everywhere=True)
+            return Neighbours(why, why, why, everywhere=True)
         before, after = self._view.before(layer), self._view.after(layer)
         assert before is not None
         assert after is not None
         return Neighbours(
             untouched(before, self._touched, self._asked, self._names),
             untouched(after, self._touched, self._asked, self._names),
+            untouched(self._view.beside(layer), self._touched, self._asked, self._names),
             everywhere=True,
             given=self._view.given(layer),
         )
@@ -91,7 +95,7 @@ class Traced:
         views = self._views.get(layer, [])
         why = missed(self._asked.get(layer, ())) or (_READ if layer in self._touched else None)
         if why is not None:
-            return Neighbours(why, why)
+            return Neighbours(why, why, why)
         before, after = None, None
         for _, view in views:
             before, after = view.before(layer), view.after(layer)
@@ -99,6 +103,7 @@ class Traced:
         given = views[-1][1].given(layer) if views else set()
         around = views[-1][0] if views else layer
         unseen = self._tracing.blind_spot(around) + "; example_inputs would allow to observe it"
+        beside = views[-1][1].beside(layer) if views else unseen
         guesses = [
             None if found is not None else self._in_line(layer, step) for found, step in ((before, -1), (after, 1))
         ]
@@ -106,6 +111,7 @@ class Traced:
         return Neighbours(
             untouched(before, self._touched, self._asked, self._names),
             untouched(after, self._touched, self._asked, self._names),
+            untouched(beside, self._touched, self._asked, self._names),
             guesses[0] is not None or (isinstance(before, str) and guesses[1] is not None),
             everywhere,
             given,

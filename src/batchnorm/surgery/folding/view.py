@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm.surgery.folding import paths
 from batchnorm.surgery.folding.ranks import rank_of, rank_taken
+from batchnorm.surgery.folding.sums import has_middle, summands
 from batchnorm.surgery.line import is_linear_map, outputs_of
 
 __all__ = ["Share", "Unclear", "View"]
@@ -104,6 +105,24 @@ class View:
         if not self._feeds_only(layer, modules[0]) or not origins <= set(self.calls[layer]):
             return f"{self._name(modules[0])} reads others, too"
         return self._share_after(layer, modules[0])
+
+    def beside(self, layer: nn.Module) -> tuple[Share, ...] | str:
+        """The convolution that reads what a layer reads, and whose output is added to the layer's; or why none does."""
+        if not self.run:  # which alone shows what is overwritten between the two calls
+            return f"whether something is beside it, {_TELLS}"
+        if len(self.calls[layer]) > 1:
+            return "it is called several times"
+        call = self.calls[layer][0]
+        found = summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._hands_on)
+        if isinstance(found, str):
+            return found
+        for node in found:
+            module = self._map(node)
+            if module is None or len(self.calls[module]) > 1 or not has_middle(module):
+                continue
+            if self._source(node) is self._source(call):
+                return (Share(module),)
+        return "no convolution that could do its work is beside it in the sum"
 
     def given(self, layer: nn.Module) -> set[str]:
         """What else a layer is called with."""
@@ -218,12 +237,16 @@ class View:
             found.append(channels)
         return self._shares({module: found})
 
-    def _directly(self, call: fx.Node) -> bool:
-        """Whether nothing moves values on the way to a call."""
+    def _source(self, call: fx.Node) -> fx.Node:
+        """What a call gets, before all that handed it on."""
         node = _input(call)
         while self._hands_on(node):
             node = paths.data_of(node)[0]
-        return not paths.is_movement(node)
+        return node
+
+    def _directly(self, call: fx.Node) -> bool:
+        """Whether nothing moves values on the way to a call."""
+        return not paths.is_movement(self._source(call))
 
     def _shares(self, found: dict[nn.Module, list[Tensor | None]]) -> tuple[Share, ...] | str:
         """What all calls agree on; a channel that one of them does not use may be any there."""
