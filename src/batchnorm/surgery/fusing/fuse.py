@@ -31,7 +31,8 @@ class Fused:
         fused: for each layer that does more now, by its qualified name, what: "relu", "add", "add + relu", ...
         skipped: for every other batch normalization layer, why not.
         method: for each fused layer, how: "module replaced" (the activation's module made room; no forward changed),
-            "forward rewritten" (see ``rewritten``), or "observed" (as the first, found by running the example inputs).
+            "forward rewritten" (see ``rewritten``), "observed" (as the first, found by running the example inputs), or
+            "its class's own" (another package's class that applied the activation itself, such as timm's).
         rewritten: the names of the modules whose forward is now the one that tracing recorded.
         max_error: the largest difference of an output or a buffer from the original model's on the example inputs,
             relative to the largest value of its tensor; None without example inputs.
