@@ -402,4 +402,4 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 
 def _widened(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
+    return t if t is None or t.dtype not in NARROW else t.float()

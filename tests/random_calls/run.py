@@ -19,6 +19,7 @@ from . import oracle
 from .cases import Case
 from .changes import changed, hooks, refused_by_torch
 from .guards import guarded
+from .refusals import refusal
 from .subject import NARROW, Subject, torchs
 from .transforms import transformed
 
@@ -88,6 +89,9 @@ def _refused(case: Case, subject: Subject) -> bool:
 
 def _run(case: Case, faults: list[str]) -> None:
     subject = Subject(case)
+    if case.bad:
+        faults += refusal(case, subject)
+        return
     if _refused(case, subject):
         _must_refuse(case, subject, faults)
         return
