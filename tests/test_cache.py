@@ -18,10 +18,10 @@ import numba
 import pytest
 from numba.core import caching, config
 from numba.core.ccallback import CFunc
-from test_processes import LIMIT, PROGRAM, copied_package, give_up_writing_anywhere, run
 
 from batchnorm.kernels import cache
 from batchnorm.kernels.simd import pointer
+from test_processes import LIMIT, PROGRAM, copied_package, give_up_writing_anywhere
 
 __all__ = ["copied_package"]  # a fixture
 

@@ -117,7 +117,9 @@ def test_it_can_take_the_place_of_torchs(dtype: torch.dtype, kernel: Any, monkey
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     assert layer.train()(x[:0]).shape == (0, 3, 5)
     if dtype.itemsize >= 4:  # torch's own has no batching rule for half precision beside float32
-        torch.testing.assert_close(torch.func.vmap(layer.eval())(x[None]), layer(x)[None], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            torch.func.vmap(layer.eval())(x[None]), layer(x)[None], rtol=tolerance, atol=tolerance
+        )
 
 
 class Noted(Tensor):

@@ -89,11 +89,11 @@ def batch_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        extras: dict[str, Any] = {
+        more: dict[str, Any] = {
             "num_batches_tracked": num_batches_tracked, "activation": activation, "residual": residual,
             "inplace": inplace, "mask": mask, "statistics": statistics, "state": state,
         }  # fmt: skip
-        return _overridden(input, running_mean, running_var, weight, bias, training, momentum, eps, **extras)
+        return _overridden(input, running_mean, running_var, weight, bias, training, momentum, eps, **more)
     alone = activation is None and residual is None
     usual = mask is None and (statistics is None or type(statistics) is Batch)
     if not inplace and not torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.layers import widen_statistics
 from batchnorm.statistics import Policy, check_policy, own
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
 from batchnorm.surgery.fusing.rewrite import Absorbed
@@ -77,7 +78,7 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
 def take_over(layer: nn.Module) -> None:
     """Make one of torch.nn's layers ours."""
     layer.__class__ = OURS[type(layer)]
-    layer._apply(lambda t: t)  # which is where ours widens half-precision statistics
+    widen_statistics(layer)
 
 
 def revert(model: nn.Module) -> Converted:
