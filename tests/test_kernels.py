@@ -57,10 +57,10 @@ CASES = [
     Case((3, 5, 9, 11), "channels_last", "rows", True),
     Case((1, 13, 7, 7), "channels_last", "rows", True),
     Case((3, 11, 3, 5, 7), "channels_last", "rows", True),
-    Case((5, 9, 67), "channels_last", "rows", True),  # [N, L, C] transposed
     Case((5, 9, 70, 71), "channels_last", "rows", False),
     Case((3, 523, 13, 23), "channels_last", "rows", False),
-    # Other strides are copied first.
+    # Other strides are copied first, [N, L, C] transposed among them, of which torch's output is contiguous.
+    Case((5, 9, 67), "channels_last", "planes", True),
     Case((3, 5, 9, 11), "gaps", "planes", True),
     Case((7, 5), "gaps", "rows", True),
     Case((3, 5, 9, 11), "batch_last", "planes", True),

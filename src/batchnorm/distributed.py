@@ -37,7 +37,7 @@ class Group:
         self._group, self._name = process_group, name
         self.size = dist.get_world_size(process_group)
 
-    def agree(self, channels: int, bytes_a_number: int) -> None:
+    def agree(self, channels: int, bytes_a_number: int, device: torch.device) -> None:
         """Raise in all processes unless they have layers alike: messages of different lengths would end the program.
 
         Raises:
@@ -45,7 +45,7 @@ class Group:
         """
         if self.size == 1:
             return
-        heard = self.gathered(torch.tensor([channels, bytes_a_number])).tolist()
+        heard = self.gathered(torch.tensor([channels, bytes_a_number], device=device)).tolist()
         if any(one != heard[0] for one in heard):
             raise RuntimeError(
                 f"{self._name}: all processes must have the same number of channels, and float64 in all or none, "

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm.activations import applied
 from batchnorm.arguments import Call
 from batchnorm.distributed import Group
-from batchnorm.kernels import cpu, operators, plans, reference
+from batchnorm.kernels import cpu, gate, operators, plans, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
@@ -70,13 +70,13 @@ def common_case(
             running = running._replace(batches=None, factor=0.0)
     given = None if recomputing and limits is None else running
     sets = cpu.sets_of(plan, size, weights, counts, limits)
-    if extras.activation is None and extras.residual is None:
-        y = operators.train_cpu(x, plan, weight, bias, given, eps, sets)
-    else:
-        y = operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
-    if state is not None and running.batches is not None and int(running.batches) != before:
-        state.add_(1)
-    return y
+    try:
+        if extras.activation is None and extras.residual is None:
+            return operators.train_cpu(x, plan, weight, bias, given, eps, sets)
+        return operators.fused_cpu(x, plan, weight, bias, given, eps, extras, sets=sets)
+    finally:  # both counters count a batch or none, even where a signal ends the call; two calls would be a gap
+        if state is not None and running.batches is not None:
+            state.add_(running.batches != before)
 
 
 _SUMMED_BY_THREADS = 4096  # weights that a thread sums up in a microsecond
@@ -154,7 +154,7 @@ def _kernel(call: Call, together: bool) -> str:
 def _group(sync: Sync, x: Tensor) -> Group:
     group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
     if not sync.met and not torch.compiler.is_compiling():
-        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4)
+        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4, x.device)
         sync.met.append(True)
     return group
 
@@ -165,13 +165,13 @@ def _group(sync: Sync, x: Tensor) -> Group:
 def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) -> tuple[Tensor, Moments]:
     x, plan = plans.laid_out_sets(call.x, size, weights is not None)
     sets = cpu.sets_of(plan, size, *_summed(weights, size), _limits(call))
-    mean, var, weight, bias = (operators.ready(t, plan) for t in call[1:5])
+    mean, var, weight, bias = (gate.ready(t, plan) for t in call[1:5])
     still = recomputing or part(call.statistics, Accumulated) is not None
     running = None
     if sets.limits is not None or not still:  # renormalization looks at running statistics that do not move, too
         factor = 0.0 if still else -1.0 if call.momentum is None else call.momentum
         running = cpu.Running(mean, var, None if still else call.batches, factor)
-    extras = operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
+    extras = operators.Extras(call.activation, gate.laid_like(call.residual, x), call.inplace)
     y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, extras, sets=sets)
     if not still:
         for buffer, t in zip(call[1:3], (mean, var), strict=True):
@@ -191,19 +191,19 @@ def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tupl
     else:
         x, values, sets = call.x, 0.0, cpu.Sets(1)
         _, plan = plans.laid_out(x.new_zeros((1, C)), given=True)
-    sets = sets._replace(moments=torch.zeros(1, 2, C, dtype=torch.float64), limits=_limits(call))
+    sets = sets._replace(moments=torch.zeros(1, 2, C, dtype=torch.float64, device="cpu"), limits=_limits(call))
     everybodys = []
 
     def merge_moments(own: Tensor) -> tuple[Tensor, float]:
-        count = torch.full((C,), values, dtype=torch.float64)
+        count = torch.full((C,), values, dtype=torch.float64, device="cpu")
         moments = group.merged(Moments(count, own[0], own[1] * values), plan.statistics)
         everybodys.append(moments)
         found = moments.mean, moments.biased_variance
         return torch.stack((*found, *(_correction(call, *found) or ()))), float(moments.count[0])
 
-    weight, bias = (operators.ready(t, plan) for t in call[3:5])
+    weight, bias = (gate.ready(t, plan) for t in call[3:5])
     merging = Merging(merge_moments, lambda sums: group.summed(sums, plan.statistics))
-    extras = operators.Extras(call.activation, operators.laid_like(call.residual, x))
+    extras = operators.Extras(call.activation, gate.laid_like(call.residual, x))
     y = merged_cpu(x, plan, weight, bias, call.eps, extras, sets, merging)
     (moments,) = everybodys
     return y, Moments(moments.count[None], moments.mean[None], moments.m2[None])
@@ -232,7 +232,7 @@ def _moments(found: Tensor, sets: cpu.Sets, x: Tensor) -> Moments:
         counts = sets.counts
     else:
         n, space = x.shape[0], math.prod(x.shape[2:])
-        counts = torch.full((found.shape[0],), float(sets.size * space), dtype=torch.float64)
+        counts = torch.full((found.shape[0],), float(sets.size * space), dtype=torch.float64, device="cpu")
         counts[-1] = float((n - (found.shape[0] - 1) * sets.size) * space)
     count = counts[:, None].expand(-1, x.shape[1])
     return Moments(count, found[:, 0], found[:, 1] * count)

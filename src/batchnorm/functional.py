@@ -12,13 +12,18 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from batchnorm import estimation
 from batchnorm.activations import Activation, activation_of, applied
 from batchnorm.arguments import NARROW, Call, check
-from batchnorm.kernels import cpu, operators, plans, reference
+from batchnorm.kernels import (
+    cpu,
+    gate,
+    library,  # noqa: F401  # defines torch.ops.batchnorm
+    operators,
+    plans,
+    reference,
+)
 from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
 from batchnorm.statistics import Batch, Policy
 
 __all__ = ["batch_norm"]
-
-_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def batch_norm(
@@ -174,7 +179,7 @@ def _common_case(
     bias: Tensor | None,
     batches: Tensor | None,
 ) -> plans.Plan | None:
-    """The loops' plan where nothing needs a closer look: what `_check` and `which` establish, in a tenth of the time.
+    """The loops' plan where nothing needs a closer look: what `check` and `which` establish, in a tenth of the time.
 
     None says only that they must be asked.
     """
@@ -183,13 +188,9 @@ def _common_case(
     plan = plans.plan(x.shape, x.stride(), x.dtype)
     if plan is None:
         return None
-    size, dtype = plan.vector, plan.statistics
-    for t in (running_mean, running_var, weight, bias):
-        if t is not None and not (
-            t.dtype == dtype and t.shape == size and type(t) in _PLAIN and t.is_cpu and t.is_contiguous()
-        ):
-            return None
-    if batches is not None and not (type(batches) in _PLAIN and batches.is_cpu and batches.dtype == torch.int64):
+    if not gate.vectors(plan, running_mean, running_var, weight, bias):
+        return None
+    if batches is not None and not (type(batches) in gate.PLAIN and batches.is_cpu and batches.dtype == torch.int64):
         return None
     return plan if (running_mean is None) == (running_var is None) else None
 
@@ -229,7 +230,7 @@ def _followed(y: Tensor, call: Call) -> Tensor:
 
 def _train_cpu(call: Call) -> Tensor:
     x, plan = plans.laid_out(call.x)
-    weight, bias = operators.ready(call.weight, plan), operators.ready(call.bias, plan)
+    weight, bias = gate.ready(call.weight, plan), gate.ready(call.bias, plan)
     running = None if call.batches is None else cpu.Running(None, None, call.batches, 0.0)
     moved: list[tuple[Tensor, Tensor]] = []
     if call.running_mean is not None and call.running_var is not None:
@@ -249,7 +250,7 @@ def _train_cpu(call: Call) -> Tensor:
 
 def _extras(call: Call, x: Tensor) -> operators.Extras:
     """What goes along with x, laid out like it; a copy of the input, which it is then, can be overwritten as well."""
-    return operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
+    return operators.Extras(call.activation, gate.laid_like(call.residual, x), call.inplace)
 
 
 def _train_aten(
@@ -261,6 +262,7 @@ def _train_aten(
     dtype = torch.float32 if x.dtype in NARROW else x.dtype
     if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
+    weight, bias = _dense(weight), _dense(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
     y = _torchs(x, mean, var, weight, bias, True, 1.0, eps)
     return y, mean, var
@@ -338,10 +340,9 @@ def _evaluate(
             y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
         except (RuntimeError, IndexError, ValueError):
             check(call)
-            if running_mean is None or running_var is None or x.dtype in NARROW or running_mean.dtype == x.dtype:
+            if running_mean is None or running_var is None or running_mean.dtype == running_var.dtype == _kept(x):
                 raise
-            # Statistics of another precision, which training can move: ATen wants the input's.
-            y = _evaluate_aten(x, running_mean.to(x.dtype), running_var.to(x.dtype), weight, bias, eps)
+            y = _evaluate_aten(x, running_mean.to(_kept(x)), running_var.to(_kept(x)), weight, bias, eps)
         record.forward = "aten"
         return y
     check(call)
@@ -360,10 +361,10 @@ def _evaluate_with(call: Call) -> Tensor:
     if kernel == "cpu":
         x, plan = plans.laid_out(x, given=True)
         given = torch.stack((running_mean.double(), running_var.double()))
-        weight, bias = operators.ready(weight, plan), operators.ready(bias, plan)
+        weight, bias = gate.ready(weight, plan), gate.ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
-    if x.dtype not in NARROW and running_mean.dtype != x.dtype:
-        running_mean, running_var = running_mean.to(x.dtype), running_var.to(x.dtype)
+    if running_mean.dtype != x.dtype:
+        running_mean, running_var = running_mean.to(_kept(x)), running_var.to(_kept(x))
     return _followed(_evaluate_aten(x, running_mean, running_var, weight, bias, call.eps), call)
 
 
@@ -379,15 +380,25 @@ def _evaluate_aten(
         weight, bias = _widened(weight), _widened(bias)
     return torch.batch_norm(
         x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
+        _dense(weight),
+        _dense(bias),
+        _dense(running_mean),
+        _dense(running_var),
         False,
         0.0,
         eps,
         torch.backends.cudnn.enabled,
     )
+
+
+def _kept(x: Tensor) -> torch.dtype:
+    """What ATen wants statistics to be in; training moves those of another precision, too."""
+    return torch.float32 if x.dtype in NARROW else x.dtype
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """ATen's backward (2.13) takes weights and statistics with gaps for contiguous ones, and gives nonsense."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _widened(t: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +38,10 @@ def ported(arrays: Mapping[str, Any], *, decay: float, eps: float, count: float 
     In evaluation the layer gives what the original does. docs/converting.md has each framework's names and defaults.
 
     Args:
-        arrays: by their names there: gamma, beta, moving_mean, moving_variance; scale, bias, mean, var; and so on. Each
-            has C values, whatever its shape. A scale or an offset alone gets its missing partner, of ones or zeros.
+        arrays: by their names there: gamma, beta, moving_mean, moving_variance; scale, bias, mean, var; and so on. The
+            name may have a path before it and an index behind it, as in ``bn_conv1/gamma:0`` of tf.keras, and arrays
+            may be in groups, as in files of HDF5. Each has C values, whatever its shape. A scale or an offset alone
+            gets its missing partner, of ones or zeros.
         decay: the share of the old running statistics that a step keeps; Keras and the others call it momentum. The
             layer's momentum is ``1 - decay``.
         eps: what is added to the variance; with decay the two that checkpoints do not hold, and defaults differ.
@@ -81,15 +83,17 @@ def ported(arrays: Mapping[str, Any], *, decay: float, eps: float, count: float 
         state.setdefault("bias", torch.zeros_like(state["running_mean"]))
     if count is not None:
         state["running_var"] *= count / (count - 1)
-    state["num_batches_tracked"] = torch.tensor(0)
+    state["num_batches_tracked"] = torch.tensor(0, device="cpu")
     # 1 - 0.99 is 0.010000000000000009
     return Ported({"num_features": C, "eps": eps, "momentum": round(1 - decay, 12), "affine": affine}, state)
 
 
 def _renamed(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
+    arrays = dict(_flat(arrays))
     for given, array in arrays.items():
-        name = next((name for name, names in _NAMES.items() if given in names), None)
+        last = given.rpartition("/")[2].partition(":")[0]
+        name = next((name for name, names in _NAMES.items() if last in names), None)
         if name is None:
             known = "; ".join(" or ".join(names) for names in _NAMES.values())
             raise ValueError(f"unknown array {given!r}: the names are {known}")
@@ -102,10 +106,19 @@ def _renamed(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+def _flat(arrays: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays of all groups, with the groups before their names."""
+    for name, value in arrays.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}/")
+        else:
+            yield path + name, value
+
+
 def _vector(array: Any) -> Tensor:
     """A copy, in float32 or float64."""
     array = array.detach().cpu() if isinstance(array, Tensor) else array
     if isinstance(array, Tensor) and array.dtype == torch.bfloat16:  # which NumPy does not have
         array = array.float()
     values = np.asarray(array)
-    return torch.tensor(values.astype(np.float64 if values.dtype == np.float64 else np.float32).reshape(-1))
+    return torch.from_numpy(values.astype(np.float64 if values.dtype == np.float64 else np.float32).reshape(-1))

@@ -22,6 +22,9 @@ class Snapshot:
         for what, value in now.items():
             assert value == self._before[what], what
 
+    def unchanged(self) -> bool:
+        return _described(self._model) == self._before
+
 
 def _described(model: nn.Module) -> dict[str, Any]:
     """Names and comparable values: identities of objects, and bytes of tensors."""

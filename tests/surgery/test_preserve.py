@@ -17,7 +17,8 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.surgery.preserve import preserved, uninterrupted
+from batchnorm.surgery.preserve import preserved
+from batchnorm.surgery.restoring import completely
 
 
 class StopError(Exception):
@@ -212,21 +213,41 @@ posix = pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX
 
 
 @posix
-def test_an_interruption_waits_for_the_end() -> None:
+def test_signals_wait_for_the_end_and_all_are_heard() -> None:
     steps: list[int] = []
+    heard: list[int] = []
 
-    def work() -> None:
-        with uninterrupted():
-            for step in range(3):
-                os.kill(os.getpid(), signal.SIGINT)
-                steps.append(step)
-        steps.append(-1)
+    def step() -> None:
+        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            steps.append(number)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert steps == [0, 1, 2]
+    users = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            completely(step)
+    finally:
+        signal.signal(signal.SIGUSR1, users)
+    assert steps == [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1]
+    assert heard == [signal.SIGUSR1]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@posix
+def test_a_block_hears_signals_and_may_set_handlers() -> None:
+    heard: list[str] = []
+    before = signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, lambda number, frame: heard.append("before"))
+    try:
+        with preserved(nn.ReLU()):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert heard == ["before"]
+            signal.signal(signal.SIGUSR1, lambda number, frame: heard.append("new"))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == ["before", "new"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @posix

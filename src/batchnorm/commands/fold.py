@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.commands import checkpoints, named
 from batchnorm.files import replacing
 from batchnorm.surgery.batches import inputs
+from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.folding.fold import Folded, fold
 
 __all__ = ["run"]
@@ -46,10 +47,9 @@ def run(
     program = out is not None and out.suffix == ".pt2"
     if program and example is None and data is None:
         raise ValueError(f"{out} is to be a program of torch.export, which needs example inputs: say --example")
-    if out is not None:
-        checkpoints.check_out(out, checkpoint, force)
+    checkpoints.check_outs([out], checkpoint, force)
     read = checkpoints.read(checkpoint, key)
-    net = named.model(model).eval()
+    net = in_mode(named.model(model), False)
     checkpoints.fit(net, read)
     given = _example(net, example, data)
     folded = fold(net, given)
@@ -63,7 +63,7 @@ def run(
             elif checkpoints.is_safetensors(out):
                 safetensors.torch.save_model(folded.model, str(partial), metadata=dict(read.metadata or {}) or None)
             else:
-                torch.save(folded.model.state_dict(), partial)
+                checkpoints.save(folded.model.state_dict(), partial)
     return folded
 
 

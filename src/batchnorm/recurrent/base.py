@@ -287,8 +287,9 @@ def _reversal(sizes: list[int], device: torch.device) -> Tensor:
     T, N = len(sizes), sizes[0]
     if sizes[-1] == N:
         return torch.arange(T * N, device=device).view(T, N).flip(0).flatten()
-    rows, steps = torch.tensor(sizes), torch.arange(T).unsqueeze(1)
-    valid = torch.arange(N) < rows.unsqueeze(1)
+    rows = torch.tensor(sizes, device="cpu")
+    steps, columns = torch.arange(T, device="cpu").unsqueeze(1), torch.arange(N, device="cpu")
+    valid = columns < rows.unsqueeze(1)
     begin = rows.cumsum(0) - rows
     mirrored = (valid.sum(0) - 1 - steps).clamp(min=0)
-    return (begin[mirrored] + torch.arange(N))[valid].to(device)
+    return (begin[mirrored] + columns)[valid].to(device)

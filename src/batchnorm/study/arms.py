@@ -20,13 +20,13 @@ class Arm:
 
 
 def build(arm: Arm, seed: int) -> nn.Module:
-    """Build an arm's network from a seed, leaving the caller's random state as it was.
+    """Build an arm's network from a seed, in float32 on the CPU, leaving the caller's random state as it was.
 
     Normalization layers draw no random numbers, so all arms of one architecture get the same initial weights.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return arm.build()
+        return arm.build().float()
 
 
 def plain() -> nn.Module:

@@ -1,8 +1,10 @@
 """The comparison: every arm over every rate and seed, then each at its best rate on fresh seeds."""
 
 import platform
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from joblib import Parallel, cpu_count, delayed
@@ -37,7 +39,7 @@ def compare(
         raise ValueError(f"the arms need different names, both are {names[0]!r}")
     data = data if data is not None else digits()
     settings = settings if settings is not None else Settings()
-    total = len(arms) * settings.seeds * (len(settings.rates) + 1)
+    total = len(arms) * (settings.sweep_seeds * len(settings.rates) + settings.seeds)
     runs: list[Run] = []
 
     def work(stage: Stage, rates: Mapping[str, Sequence[float]], seeds: range) -> None:
@@ -47,9 +49,9 @@ def compare(
             if progress is not None:
                 progress(len(runs), total)
 
-    work("sweep", {arm.name: settings.rates for arm in arms}, range(settings.seeds))
+    work("sweep", {arm.name: settings.rates for arm in arms}, range(settings.sweep_seeds))
     best = {arm.name: [best_rate([run for run in runs if run.arm == arm.name])] for arm in arms}
-    work("final", best, range(settings.seeds, 2 * settings.seeds))
+    work("final", best, range(settings.sweep_seeds, settings.sweep_seeds + settings.seeds))
     return Comparison(data.name, data.classes, names, settings, environment(), tuple(runs))
 
 
@@ -74,5 +76,20 @@ def _version(package: str) -> str:
 
 def _execute(jobs: list[tuple[Arm, Data, float, int, Stage, Settings]], processes: int) -> Iterator[Run]:
     """Yield the runs of all jobs, in the jobs' order, as they end."""
-    parallel = Parallel(n_jobs=min(processes, len(jobs)), return_as="generator")
-    yield from parallel(delayed(train)(*job) for job in jobs)
+    yield from in_parallel([delayed(train)(*job) for job in jobs], processes)
+
+
+def in_parallel(calls: Sequence[Any], processes: int) -> Iterator[Any]:
+    """Yield the results of delayed calls, in their order, as they end.
+
+    A terminal sends Ctrl-C to all processes. Those that work do not hear it, since this one ends them: they would each
+    show a traceback of what they were importing.
+    """
+    masked = hasattr(signal, "pthread_sigmask")  # which the processes that are started inherit
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
+    try:
+        results = Parallel(n_jobs=min(processes, len(calls)), return_as="generator")(calls)
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from results

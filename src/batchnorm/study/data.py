@@ -40,8 +40,8 @@ def digits() -> Data:
     The split is the same in every run; images are standardized with the training images' mean and deviation.
     """
     bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
-    labels = torch.tensor(bunch.target)
+    images = torch.from_numpy(bunch.images).to(torch.float32).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target)
     rest, test = train_test_split(range(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, train_size=TRAINING_IMAGES, stratify=labels[rest], random_state=0)
     images = (images - images[train].mean()) / images[train].std()
@@ -54,11 +54,11 @@ def digits() -> Data:
 
 def order(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Yield the image indices of each step: one fresh shuffle an epoch, its incomplete last batch left out."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     batch = min(batch, count)
     step = 0
     while step < steps:
-        shuffled = torch.randperm(count, generator=generator)
+        shuffled = torch.randperm(count, generator=generator, device="cpu")
         for indices in shuffled[: count - count % batch].split(batch)[: steps - step]:
             yield indices
             step += 1

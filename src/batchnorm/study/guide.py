@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from batchnorm import pages
-from batchnorm.files import around, write_text
+from batchnorm.files import around, write_texts
 from batchnorm.pages import INK, MUTED
 from batchnorm.study.normalizers import GHOST, GROUP
 from batchnorm.study.small_batches import SYNC, Cell, Study
-from batchnorm.study.verdict import Interval
+from batchnorm.study.verdict import Paired
 
 NETWORKS = {
     "digits": "a perceptron, in which a channel has one value a sample",
@@ -81,8 +81,7 @@ def publish(study: Study, folder: Path) -> list[Path]:
         "choosing.svg": figure(study),
         "choosing.json": study.to_json() + "\n",
     }
-    for name, text in contents.items():
-        write_text(folder / name, text)
+    write_texts({folder / name: text for name, text in contents.items()})
     return [folder / name for name in contents]
 
 
@@ -136,10 +135,10 @@ def _accuracy(cell: Cell) -> str:
 
 def _against(cell: Cell) -> str | None:
     found = cell.against_batch_norm
-    return None if found == Interval(0, 0, 0) else f"{_points(found.estimate)} ({_span(found)})"
+    return None if found.estimate == found.low == found.high == 0 else f"{_points(found.estimate)} ({_span(found)})"
 
 
-def _span(interval: Interval) -> str:
+def _span(interval: Paired) -> str:
     return f"{_points(interval.low)} to {_points(interval.high)}"
 
 

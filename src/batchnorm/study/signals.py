@@ -27,7 +27,7 @@ def mnist1d(signals: int = SIGNALS) -> Data:
     arguments.num_samples = signals
     with _random_state_kept():
         made = make_dataset(arguments)
-    x, labels = (torch.tensor(np.concatenate((made[name], made[f"{name}_test"]))) for name in ("x", "y"))
+    x, labels = (torch.from_numpy(np.concatenate((made[name], made[f"{name}_test"]))) for name in ("x", "y"))
     test = len(made["x"])
     validation = test - round(VALIDATION_SHARE * len(x))
     x = x.to(torch.float32).unsqueeze(1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
+
+from batchnorm.surgery.restoring import Restoring
 
 __all__ = ["Forward", "as_written", "call", "inputs", "moved", "samples", "unwrapped"]
 
@@ -72,10 +73,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-def as_written() -> AbstractContextManager[Any]:
+class as_written(Restoring):  # noqa: N801 - it is used like a function
     """Let compiled models run as they are written: what was compiled does not know hooks that came later."""
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+    _stance: Any = None
+
+    def change(self) -> None:
+        """Let nothing that is compiled run."""
+        if "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def restore(self) -> None:
+        """Let it run again."""
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
 
 
 def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:

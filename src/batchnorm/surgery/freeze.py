@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,13 +14,13 @@ from torch.nn.parameter import is_lazy
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen
+from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
+from batchnorm.surgery.restoring import Restoring
+from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
 
 _NARROW = (torch.float16, torch.bfloat16)
-# Those whose evaluation is known to be the formula and nothing else.
-_KNOWN = {*OURS, *TORCHS, nn.SyncBatchNorm}
 # The subclasses that frozen layers are instances of, by the class that they were.
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -64,10 +62,16 @@ class _Before:
     learned: set[str]
 
 
-class _Held(nn.Module):
+class _Held(Guarded, nn.Module):
     """Mixed into the class of a frozen layer: it stays in evaluation mode, whatever its model is told."""
 
     _frozen: _Before
+
+    def _obstacle_to_takeover(self, by: str) -> str:
+        return (
+            "which would not be frozen any more: call batchnorm.unfreeze before, and batchnorm.freeze afterwards, "
+            "which holds SyncBatchNorm too"
+        )
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Remember the mode for ``unfreeze``; children, such as a dropout inside, follow it."""
@@ -166,7 +170,7 @@ def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make(kind: type[nn.Module]) -> type[nn.Module]:
-    how = _Lean if kind in _KNOWN else _Held
+    how = _Lean if is_known(kind) else _Held
     return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
@@ -198,6 +202,7 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         >>> model.train()  # the backbone's batch normalization stays in evaluation
         >>> batchnorm.unfreeze(model)
     """
+    settle_lazy(model)
     frozen, skipped = {}, {}
     for name, layer in model.named_modules():
         if not is_batch_norm(layer):
@@ -243,7 +248,7 @@ def _fix(layer: Any) -> None:
 def _told(layer: Any) -> str:
     kind: type[nn.Module] = layer._frozen.kind
     names = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.requires_grad]
-    said = kind.__name__ if kind in _KNOWN else f"{kind.__name__}, kept in evaluation mode"
+    said = kind.__name__ if is_known(kind) else f"{kind.__name__}, kept in evaluation mode"
     return f"{said}; {' and '.join(names)} may learn" if names else said
 
 
@@ -280,8 +285,7 @@ def unfreeze(model: nn.Module) -> tuple[str, ...]:
     return tuple(layers)
 
 
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
+class frozen_statistics(Restoring):  # noqa: N801 - it is used like a function
     """Let passes within this block leave no trace in the running statistics, and count no batch.
 
     Layers in training normalize with their batch as always. It is for passes that must not count: a gradient penalty,
@@ -299,24 +303,34 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         >>> with batchnorm.frozen_statistics(critic):
         ...     penalty = (critic(mixed) - 1).square().mean()
     """
-    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
-    for name, layer in layers.items():
-        if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
-            raise ValueError(
-                f"{name or 'the model'} ({type(layer).__name__}) has seen no input, which would make its statistics: "
-                "run the model once before"
-            )
-    tracked = {layer: layer.track_running_stats for layer in layers.values() if hasattr(layer, "track_running_stats")}
-    # Others may not look at that flag. They get copies of their buffers to play with.
-    buffers = {layer: dict(layer._buffers) for layer in layers.values() if type(layer) not in _KNOWN}
-    try:
-        for layer in tracked:
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def note(self) -> None:
+        """Take down which layers move their statistics."""
+        layers: dict[str, Any] = {name: m for name, m in self._model.named_modules() if is_batch_norm(m)}
+        for name, layer in layers.items():
+            if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+                raise ValueError(
+                    f"{name or 'the model'} ({type(layer).__name__}) has seen no input, which would make its "
+                    "statistics: run the model once before"
+                )
+        flagged = [layer for layer in layers.values() if hasattr(layer, "track_running_stats")]
+        self._tracked = [(layer, layer.track_running_stats) for layer in flagged]
+        # Others may not look at that flag. They get copies of their buffers to play with.
+        self._buffers = [(layer, dict(layer._buffers)) for layer in layers.values() if not is_known(type(layer))]
+
+    def change(self) -> None:
+        """Let none of them."""
+        for layer, _ in self._tracked:
             layer.track_running_stats = False
-        for layer in buffers:
-            layer._buffers.update({name: None if t is None else t.clone() for name, t in layer._buffers.items()})
-        yield
-    finally:
-        for layer, flag in tracked.items():
+        for layer, kept in self._buffers:
+            layer._buffers.update({name: None if t is None else t.clone() for name, t in kept.items()})
+
+    def restore(self) -> None:
+        """Let them again."""
+        for layer, flag in self._tracked:
             layer.track_running_stats = flag
-        for layer, kept in buffers.items():
+        for layer, kept in self._buffers:
             layer._buffers.update(kept)

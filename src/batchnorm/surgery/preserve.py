@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import random
-import signal
-import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["preserved", "uninterrupted"]
+from batchnorm.surgery.restoring import Restoring
+
+__all__ = ["Values", "preserved"]
 
 
-@contextmanager
-def preserved(model: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Leave a model after the block bit-identical to what it was before, also after an exception or Ctrl-C.
+class preserved(Restoring):  # noqa: N801 - it is used like a function
+    """Leave a model after the block bit-identical to what it was before, also after an exception or a signal.
 
     That is: modes, buffers (the tensors and their values), momenta and all other attributes, which parameters and
-    submodules there are, hooks, classes, `requires_grad`, gradients, and the random generators of torch, Python and
-    NumPy. Within the block parameters have no gradient, so that a backward there adds to none.
+    submodules there are, hooks, classes, `requires_grad`, gradients, the random generators of torch, Python and NumPy,
+    and whether torch records gradients. Within the block parameters have no gradient, so that a backward there adds to
+    none.
 
     Not kept are the values of parameters, which no forward changes: name those that the block will change. Nor is what
     attributes hold, other than lists, dictionaries and sets.
@@ -39,42 +37,48 @@ def preserved(model: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[None
         ...     model.train()
         ...     model(x)  # moves running statistics: in the block only
     """
-    kept = [_Kept(module) for module in model.modules()]
-    parameters = [(p, p.detach(), p.requires_grad, p.grad) for p in model.parameters() if not is_lazy(p)]
-    values = [(t, t.detach().clone()) for t in (*model.buffers(), *tensors) if not is_lazy(t)]
-    generators = _Generators()
-    try:
-        for p, *_ in parameters:
+
+    def __init__(self, model: nn.Module, tensors: Iterable[Tensor] = ()) -> None:
+        self._model, self._tensors = model, tuple(tensors)
+
+    def note(self) -> None:
+        """Take down all that comes back."""
+        model = self._model
+        self._modules = [_Kept(module) for module in model.modules()]
+        self._parameters = [(p, p.detach(), p.requires_grad, p.grad) for p in model.parameters() if not is_lazy(p)]
+        self._values = Values((*model.buffers(), *self._tensors))
+        self._generators = _Generators()
+        self._gradients = torch.is_grad_enabled()
+
+    def change(self) -> None:
+        """Put the gradients aside."""
+        for p, *_ in self._parameters:
             p.grad = None
-        yield
-    finally:
-        with uninterrupted():
-            for one in kept:
-                one.restore()
-            for p, data, learns, grad in parameters:
-                if p.data_ptr() != data.data_ptr() or p.dtype != data.dtype:
-                    p.data = data  # the model was moved, or made another dtype
-                p.requires_grad_(learns)
-                p.grad = grad
-            for t, value in values:
-                _restore(t, value)
-            generators.restore()
+
+    def restore(self) -> None:
+        """Put all back."""
+        torch.set_grad_enabled(self._gradients)
+        for module in self._modules:
+            module.restore()
+        for p, data, learns, grad in self._parameters:
+            if p.data_ptr() != data.data_ptr() or p.dtype != data.dtype:
+                p.data = data  # the model was moved, or made another dtype
+            p.requires_grad_(learns)
+            p.grad = grad
+        self._values.restore()
+        self._generators.restore()
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let a Ctrl-C wait until the end of the block, for changes that must be made all or not at all."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread is interrupted
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda *given: waiting.append(given))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
-        if waiting and callable(before):
-            before(*waiting[0])
+class Values:
+    """The values of some tensors, to be written back."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
+
+    def restore(self) -> None:
+        """Write those back that are not what they were; may be broken off, and begun again."""
+        for t, value in self._values:
+            _restore(t, value)
 
 
 class _Kept:

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,14 +16,16 @@ from batchnorm.surgery.adaptation import tent
 from batchnorm.surgery.adaptation.predictions import Predictions
 from batchnorm.surgery.adaptation.target import Share, Target, measure, mixed
 from batchnorm.surgery.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.preserve import preserved, uninterrupted
+from batchnorm.surgery.preserve import preserved
 from batchnorm.surgery.recalibration.passes import evaluation
 from batchnorm.surgery.recalibration.sites import Site, sites_of
 from batchnorm.surgery.report import for_json, listed
+from batchnorm.surgery.restoring import Restoring, completely
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
 Method = Literal["moments", "alpha", "tent"]
+_Values = list[tuple[nn.Module, str, Tensor]]
 
 # Both measured on digits, docs/adapting.md.
 _FEW = 16  # samples
@@ -50,7 +51,7 @@ class Shift:
     learned: str = ""
 
 
-class Adapted:
+class Adapted(Restoring):
     """What ``adapt`` has done to a model, and the way back; a context manager that takes it at the end.
 
     Attributes:
@@ -67,7 +68,7 @@ class Adapted:
 
     def __init__(
         self, method: Method, layers: dict[str, Shift], skipped: dict[str, str], source: float, seen: Target,
-        predictions: Predictions, warned: list[str], before: list[tuple[nn.Module, str, Tensor]],
+        predictions: Predictions, warned: list[str], before: _Values,
     ) -> None:  # fmt: skip
         known = predictions.samples > 0
         self.method, self.layers, self.skipped, self.source_share = method, layers, skipped, source
@@ -83,15 +84,12 @@ class Adapted:
         Whatever has been written into the layers' running statistics since is lost; after tent, into their weights
         and biases, too.
         """
-        with uninterrupted():
-            _write(self._before)
-            self._before = []
+        completely(self.restore)
 
-    def __enter__(self) -> Adapted:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.undo()
+    def restore(self) -> None:
+        """Do what ``undo`` does, where nothing interrupts it: at the end of a ``with`` block."""
+        _write(self._before)
+        self._before = []
 
     def as_dict(self) -> dict[str, Any]:
         """Give the same for JSON, with None for numbers that are not finite."""
@@ -154,7 +152,9 @@ def adapt(
         model: any module.
         data: a tensor or a dict is one batch; any other iterable is one of batches, such as a list, a ``DataLoader`` or
             what ``x.split(64)`` gives. Of a batch that is a tuple or list, as of inputs and targets, the first element
-            is used, of a dict what the model names. For tent, an iterator is kept in memory as a list.
+            is used, of a dict what the model names. The samples of a batch are the first dimension of its first tensor;
+            of objects, such as graphs, that of what the first layer is given. For tent, an iterator is kept in memory
+            as a list.
         method: see above.
         prior: for moments: N, how many samples the source's statistics count for; 0 by default.
         alpha: for alpha: the source's share, from 0 to 1; 0.5 by default, which is our choice and not the paper's.
@@ -206,7 +206,7 @@ def adapt(
         learned = [p.detach().clone() for p in parameters]
     source = share(seen.samples)
     layers: dict[str, Shift] = {}
-    after: list[tuple[nn.Module, str, Tensor]] = []
+    after: _Values = []
     for site in sites:
         moments = final.moments.get(site)
         if moments is None or not bool((moments.count > 1).any()):
@@ -229,13 +229,13 @@ def adapt(
     for text in warned:
         warnings.warn(text, UserWarning, stacklevel=2)
     before = [(layer, name, getattr(layer, name).detach().clone()) for layer, name, _ in after]
+    adapted = Adapted(method, layers, skipped, source, seen, predictions, warned, before)
     try:
-        with uninterrupted():
-            _write(after)
-    except BaseException:  # a Ctrl-C that has waited: nobody would get the way back
-        _write(before)
+        _write(after)
+        return adapted
+    except BaseException:  # nobody would get the way back
+        completely(adapted.restore)
         raise
-    return Adapted(method, layers, skipped, source, seen, predictions, warned, before)
 
 
 def _check(method: str, given: dict[str, float]) -> None:
@@ -260,15 +260,7 @@ def _share(method: Method, prior: float, alpha: float) -> Share:
         return lambda samples: alpha
     if method == "tent" or prior == 0:
         return lambda samples: 0.0
-
-    def of_prior(samples: int) -> float:
-        if samples == 0:
-            raise ValueError(
-                "a batch holds no tensor with samples to count, and a prior is weighed against their number"
-            )
-        return prior / (prior + samples)
-
-    return of_prior
+    return lambda samples: prior / (prior + samples)
 
 
 def _batches(data: Any, method: Method) -> Iterable[Any]:
@@ -280,7 +272,7 @@ def _batches(data: Any, method: Method) -> Iterable[Any]:
 
 
 def _sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
-    sites, skipped = sites_of(model)
+    sites, skipped = sites_of(model, task="adapt")
     recurrent = {s.layer_name: s.layer for s in sites if isinstance(s.layer, Recurrent)}
     skipped |= dict.fromkeys(recurrent, "it is recurrent, with statistics for each step: batchnorm.recalibrate can")
     sites = [site for site in sites if site.layer_name not in recurrent]
@@ -329,6 +321,6 @@ def _warnings(seen: Target, source: float, predictions: Predictions) -> list[str
     return texts
 
 
-def _write(values: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+def _write(values: _Values) -> None:
     for layer, name, value in values:
         getattr(layer, name).detach().copy_(value)

@@ -79,13 +79,12 @@ def measure(
     target = Target()
     for batch in data:
         batch = moved(batch, model)
-        size = samples(batch)
         before = None
         if predictions is not None and predictions.possible:
             watch.rest()
             before = scores(call(model, batch, forward))
             predictions.possible = before is not None
-        watch.begin(share(size))
+        watch.begin(share, samples(batch))
         after = scores(call(model, batch, forward))
         unfit = next((site for site, moments in watch.seen.items() if not finite(moments, site)), None)
         if unfit is not None:
@@ -93,7 +92,7 @@ def measure(
             continue
         for site, moments in watch.seen.items():
             target.moments[site] = merge(target.moments[site], moments) if site in target.moments else moments
-        target.batches, target.samples = target.batches + 1, target.samples + size
+        target.batches, target.samples = target.batches + 1, target.samples + watch.size
         if predictions is not None and before is not None and after is not None:
             predictions.add(before, after)
     watch.rest()
@@ -110,30 +109,35 @@ class _Watch:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.seen: dict[Site, Moments] = {}
-        self._source: float | None = None
+        self.size = 0
+        self._share: Share | None = None
         self._kept = {site: (site.mean.clone(), site.var.clone()) for site in sites}
         for site in sites:
             site.layer.register_forward_pre_hook(self._hook(site), with_kwargs=True)
 
     def rest(self) -> None:
         """Let the layers be what they were."""
-        self._source = None
+        self._share = None
         for site, (mean, var) in self._kept.items():
             site.mean.copy_(mean)
             site.var.copy_(var)
 
-    def begin(self, source: float) -> None:
-        """Forget the batch before; the next one is mixed with so much of the source."""
+    def begin(self, share: Share, size: int) -> None:
+        """Forget the batch before; the next one, of so many samples, is mixed with the source's share.
+
+        Of a batch that does not show how many it has, as objects do not, the first layer does.
+        """
         self.rest()
-        self.seen, self._source = {}, source
+        self.seen, self._share, self.size = {}, share, size
 
     def _hook(self, site: Site) -> Any:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x, mask = given(layer, args, kwargs)
-            if self._source is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+            if self._share is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
                 return
             if x.dim() < 2 or x.shape[1] != len(site.mean):  # the layer will complain, or has a layout of its own
                 return
+            self.size = self.size or len(x)
             moments = moments_of(x, mask)
             if site in self.seen:
                 moments = merge(self.seen[site], moments)
@@ -141,7 +145,7 @@ class _Watch:
             mean, var = self._kept[site]
             site.mean.copy_(mean)
             site.var.copy_(var)
-            mean, var = mixed(site, moments, self._source)
+            mean, var = mixed(site, moments, self._share(self.size))
             site.mean.copy_(mean)
             site.var.copy_(var)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.recurrent.steps import Norm
-from batchnorm.surgery.recalibration.sites import Site
+from batchnorm.surgery.recalibration.clusters import Clusters
+from batchnorm.surgery.recalibration.sites import Site, write
 
 __all__ = ["Enough", "Watch", "finite", "given", "moments_of", "normalize_with_the_batch"]
 
@@ -42,6 +43,8 @@ class Watch:
         seen: of every site that the current batch has reached, the moments over all calls.
         unfit: sites that were called with something whose second dimension is not their channels.
         reached: how often each layer was called, for the current batch.
+        rows: the first dimension of what the first layer was called with, for the current batch; 0 if none was.
+        before: what the batches before have given each site, for whoever keeps that.
     """
 
     def __init__(self, sites: Iterable[Site], until: int | None = None) -> None:
@@ -49,10 +52,15 @@ class Watch:
         self.seen: dict[Site, Moments] = {}
         self.unfit: dict[Site, str] = {}
         self.reached: dict[nn.Module, int] = {}
+        self.rows = 0
+        self.before: Mapping[Site, Clusters] = {}
+        self._with_batch: set[nn.Module] = set()
         of_layer: dict[nn.Module, list[Site]] = {}
         for site in sites:
             of_layer.setdefault(site.layer, []).append(site)
         for layer, own in of_layer.items():
+            if layer.training:
+                self._with_batch.add(layer)
             if isinstance(layer, Recurrent):
                 self._listen(layer, own)
             else:
@@ -60,7 +68,7 @@ class Watch:
 
     def start(self) -> None:
         """Forget the batch before."""
-        self.seen, self.reached = {}, {}
+        self.seen, self.reached, self.rows = {}, {}, 0
 
     def _count(self, layer: nn.Module) -> None:
         self.reached[layer] = self.reached.get(layer, 0) + 1
@@ -78,9 +86,28 @@ class Watch:
                 if mask is not None:
                     check_mask(mask, x)
                 self._add(site, moments_of(x, mask))
+                self.rows = self.rows or len(x)
             self._count(layer)
+            if site not in self.unfit:
+                self._rest(site, x)
 
         return note
+
+    def _rest(self, site: Site, x: Tensor) -> None:
+        """Let a layer that is given one value a channel, which has no variance, normalize with the batches before."""
+        layer, single = site.layer, x.numel() == x.shape[1]
+        if layer not in self._with_batch:
+            return
+        layer.training = not single
+        if not single:
+            return
+        before = self.before.get(site)
+        if before is None or not bool((before.total.count > 1).all()):
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} in "
+                f"{site.name or 'the model'}: begin with larger batches, or use method='layerwise', which takes any"
+            )
+        write(site, before)
 
     def _listen(self, layer: Recurrent, own: list[Site]) -> None:
         """Take the place of what moves a recurrent layer's running statistics."""
@@ -117,9 +144,9 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
     if mask is None and x.numel() >= _LOOPS_FROM and which(x) == "cpu":
         x, plan = plans.laid_out(x.detach(), given=True)
         C = x.shape[1]
-        found = torch.zeros(1, 2, C, dtype=torch.float64)
+        found = torch.zeros(1, 2, C, dtype=torch.float64, device="cpu")
         cpu.moments_of(x, plan, cpu.Sets(len(x), moments=found))
-        count = torch.full((C,), float(x.numel() // C), dtype=torch.float64)
+        count = torch.full((C,), float(x.numel() // C), dtype=torch.float64, device="cpu")
         return Moments(count, found[0, 0], found[0, 1] * count)
     dims = (0, *range(2, x.dim()))
     weights = None if mask is None else mask.expand(x.shape[:1] + x.shape[2:]).unsqueeze(1)
@@ -166,7 +193,8 @@ def normalize_with_the_batch(layer: Any) -> None:
         def forward(input: Tensor) -> Tensor:
             if input.dim() < 2:
                 raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-            return F.batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+            buffers = (None, None) if layer.training else (layer.running_mean, layer.running_var)
+            return F.batch_norm(input, *buffers, layer.weight, layer.bias, layer.training, 0.0, layer.eps)
 
         vars(layer)["forward"] = forward
 

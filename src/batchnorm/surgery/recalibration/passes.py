@@ -15,10 +15,10 @@ from batchnorm.surgery.batches import Forward, call, moved, samples
 from batchnorm.surgery.preserve import preserved
 from batchnorm.surgery.recalibration.clusters import Clusters
 from batchnorm.surgery.recalibration.measure import Enough, Watch, finite, normalize_with_the_batch
-from batchnorm.surgery.recalibration.sites import Site
+from batchnorm.surgery.recalibration.sites import Site, write
 from batchnorm.surgery.recalibration.together import Processes
 
-__all__ = ["How", "Seen", "Stopped", "batch_by_batch", "evaluation", "layer_by_layer", "write"]
+__all__ = ["How", "Seen", "Stopped", "batch_by_batch", "evaluation", "layer_by_layer"]
 
 Progress = Callable[[int, int | None], None]
 Stopped = Literal["data", "batches", "tolerance"]
@@ -97,7 +97,7 @@ class Seen:
     def packed(self) -> Tensor:
         """Give all numbers as one vector."""
         unfit = [float(site in self.unfit) for site in self.clusters]
-        first = torch.tensor([self.batches, self.samples, self.dropped, *unfit], dtype=torch.float64)
+        first = torch.tensor([self.batches, self.samples, self.dropped, *unfit], dtype=torch.float64, device="cpu")
         return torch.cat([first, *(c.packed().flatten().cpu() for c in self.clusters.values())])
 
     def everybodys(self, processes: Processes) -> Seen:
@@ -170,17 +170,6 @@ def layer_by_layer(
     return whole
 
 
-def write(site: Site, seen: Clusters) -> None:
-    """Make what was seen the running statistics; where there were no two values, they stay."""
-    total, enough = seen.total, seen.total.count > 1
-    variance = total.biased_variance if site.biased else total.unbiased_variance
-    site.mean.copy_(torch.where(enough, total.mean, site.mean.to(total.mean.dtype)))
-    site.var.copy_(torch.where(enough, variance, site.var.to(total.mean.dtype)))
-    if site.batches is not None:  # the channels of one layer, or of one step, have seen the same batches
-        batches = seen.batches[..., 0].to(site.batches.dtype)
-        site.batches.copy_(torch.where(enough[..., 0], batches, site.batches))
-
-
 @contextmanager
 def _measuring(
     model: nn.Module, watched: Sequence[Site], with_batch: Sequence[Site], until: int | None = None
@@ -229,7 +218,7 @@ def _forwards(model: nn.Module, data: Iterable[Any], watch: Watch, how: How) -> 
                 error.args = (f"batch {number} of the data: {error.args[0]}", *error.args[1:])
             raise
         how.report(data)
-        yield samples(batch)
+        yield samples(batch) or watch.rows
 
 
 def _pass(
@@ -237,7 +226,7 @@ def _pass(
 ) -> Seen:
     """Run through the data until it ends, or is enough; all processes stop together."""
     own = Seen({site: Clusters.empty(tuple(site.mean.shape), site.mean.device) for site in sites}, unfit=watch.unfit)
-    numbers = own.packed().numel()
+    watch.before, numbers = own.clusters, own.packed().numel()
     forwards, taken, done = _forwards(model, data, watch, how), 0, False
     while not done:
         size = next(forwards, None)

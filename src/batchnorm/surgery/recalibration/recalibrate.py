@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.preserve import preserved, uninterrupted
+from batchnorm.surgery.preserve import Values, preserved
 from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer, write
-from batchnorm.surgery.recalibration.sites import Site, sites_of
+from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
+from batchnorm.surgery.recalibration.sites import Site, sites_of, write
 from batchnorm.surgery.recalibration.together import Processes
 from batchnorm.surgery.report import for_json, listed
+from batchnorm.surgery.restoring import completely
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
 
@@ -121,7 +122,7 @@ def recalibrate(
 
     In place. Every value counts once, however uneven the batches are, in float64. Only ``running_mean``,
     ``running_var`` and ``num_batches_tracked`` change, the last to the number of batches that were seen, with which
-    ``momentum=None`` goes on averaging. After any error, and after Ctrl-C, the model is bit-identical to before.
+    ``momentum=None`` goes on averaging. After any error, Ctrl-C or other signal the model is bit-identical to before.
 
     Meanwhile only the layers to be recalibrated are in training: dropout is off, and layers that are frozen, or held
     in evaluation while the model trains, stay as they are. Masks count. Policies of statistics do not hold: every layer
@@ -160,9 +161,9 @@ def recalibrate(
     _check(data, batches, tolerance, method)
     how = How(forward, batches, tolerance, progress)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with Processes(process_group, device) as processes, torch.no_grad():
+    with Processes(process_group, device) as processes:
         sites, skipped = sites_of(model, layers)
-        with preserved(model), as_written():
+        with preserved(model), torch.no_grad(), as_written():
             before = None if metric is None else _in_evaluation(model, metric)
             seen = _METHODS[method](unwrapped(model), data, sites, how, processes)
             renewed = _renewed(seen, skipped)
@@ -170,13 +171,18 @@ def recalibrate(
                 write(site, clusters)
             after = None if metric is None else _in_evaluation(model, metric)
         changes = {site.name: _change(site, clusters) for site, clusters in renewed.items()}
+        report = Recalibrated(
+            changes, skipped, seen.batches, seen.samples, seen.dropped, batches, seen.stopped, before, after
+        )
         processes.all_done(True)  # or else one has failed
-        with uninterrupted():
-            for site, clusters in renewed.items():
-                write(site, clusters)
-    return Recalibrated(
-        changes, skipped, seen.batches, seen.samples, seen.dropped, batches, seen.stopped, before, after
-    )
+    old = Values(t for site in renewed for t in (site.mean, site.var, site.batches) if t is not None)
+    try:
+        for site, clusters in renewed.items():
+            write(site, clusters)
+        return report
+    except BaseException:
+        completely(old.restore)
+        raise
 
 
 def _check(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:

@@ -6,15 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import Renorm, part
 from batchnorm.surgery.find import is_batch_norm, is_frozen
+from batchnorm.surgery.recalibration.clusters import Clusters
 from batchnorm.surgery.report import listed
 
-__all__ = ["Site", "sites_of"]
+__all__ = ["Site", "sites_of", "write"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +42,15 @@ class Site:
     biased: bool
 
 
-def sites_of(model: nn.Module, layers: str | Iterable[str] | None = None) -> tuple[list[Site], dict[str, str]]:
+def sites_of(
+    model: nn.Module, layers: str | Iterable[str] | None = None, task: str = "recalibrate"
+) -> tuple[list[Site], dict[str, str]]:
     """Find what can be recalibrated; a layer with several names is found under the first.
 
     Args:
         model: any module.
         layers: names of layers, or of modules that hold them; None for all.
+        task: what an error says that there is nothing to do.
 
     Returns:
         The sites, and the name of every other batch normalization layer with the reason why it is left.
@@ -72,13 +77,24 @@ def sites_of(model: nn.Module, layers: str | Iterable[str] | None = None) -> tup
             sites += _sites(name, layer)
     if not sites:
         raise ValueError(
-            "nothing to recalibrate: the model has no batch normalization layer whose running statistics move"
+            f"nothing to {task}: the model has no batch normalization layer whose running statistics move"
             + listed(skipped)
         )
     lazy = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)), None)
     if lazy is not None:
         raise ValueError(f"{lazy} has seen no input, and has no values yet: run the model once before")
     return sites, skipped
+
+
+def write(site: Site, seen: Clusters) -> None:
+    """Make what was seen the running statistics; where there were no two values, they stay."""
+    total, enough = seen.total, seen.total.count > 1
+    variance = total.biased_variance if site.biased else total.unbiased_variance
+    site.mean.copy_(torch.where(enough, total.mean, site.mean.to(total.mean.dtype)))
+    site.var.copy_(torch.where(enough, variance, site.var.to(total.mean.dtype)))
+    if site.batches is not None:  # the channels of one layer, or of one step, have seen the same batches
+        batches = seen.batches[..., 0].to(site.batches.dtype)
+        site.batches.copy_(torch.where(enough[..., 0], batches, site.batches))
 
 
 def _under(name: str, prefix: str) -> bool:
@@ -95,6 +111,11 @@ def _obstacle(layer: Any, model: nn.Module) -> str | None:
     buffers = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
     if not recurrent and not all(isinstance(t, Tensor) for t in buffers):
         return "it has no running statistics: it normalizes with the batch's in evaluation, too"
+    if not getattr(layer, "track_running_stats", True):
+        return (
+            "its track_running_stats is False, as Lightning's freezing leaves it, and no training moves its "
+            "statistics: set it to True before, to change them"
+        )
     if model.training and not layer.training:
         return "it is held in evaluation while the model trains: call model.eval() before, to change it"
     return None

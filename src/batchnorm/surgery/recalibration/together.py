@@ -76,5 +76,5 @@ class Processes:
         return list(dict.fromkeys(name for names in heard for name in names))
 
     def _states(self, state: int, numbers: int) -> list[tuple[int, int]]:
-        told = self.gathered(torch.tensor([state, numbers], dtype=torch.int64))
+        told = self.gathered(torch.tensor([state, numbers], dtype=torch.int64, device="cpu"))
         return [(int(state), int(numbers)) for state, numbers in told.tolist()]
