@@ -341,6 +341,22 @@ def test_frozen_layers_of_other_packages_evaluate_and_become_what_they_were() ->
     assert type(layer) is BatchNormAct2d
 
 
+def test_recalibration_serves_what_moves_its_statistics_and_leaves_what_never_does() -> None:
+    held = {
+        "1": FrozenBatchNormAct2d(C),
+        "2": FrozenBatchNorm2d(C),
+        "3": classes.DetectronFrozen(C),
+        "4": classes.Held(C),
+    }
+    served = {"5": BatchNormAct2d(C), "6": SyncBatchNormAct(C), "7": SplitBatchNorm2d(C), "8": classes.Patient(C)}
+    served["6"].act = nn.ReLU()  # as timm's conversion does
+    model = nn.Sequential(nn.Conv2d(3, C, 1), *map(random_state, (held | served).values()))
+    report = batchnorm.recalibrate(model, [torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)])
+    assert report.skipped.keys() == held.keys()
+    assert all("never moves its statistics" in reason for reason in report.skipped.values())
+    assert report.layers.keys() == served.keys() | {"7.aux_bn.0"}  # which the split layer calls
+
+
 class Straight(torch.autograd.Function):
     """The sign's values with another derivative."""
 
