@@ -49,7 +49,7 @@ class _Ours(WithEpilogue, Guarded, _Base):
     inplace: bool = False
     _statistics: Policy | None = None
 
-    def _obstacle_to_takeover(self) -> str | None:
+    def _obstacle_to_takeover(self, by: str) -> str | None:
         """What no layer of torch.nn does in this one's place, and what to do instead."""
         if self.activation is None or self._watched:
             return None

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import safetensors.torch
@@ -311,8 +311,8 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(here: Path) -
 
 
 def test_an_error_while_writing_leaves_no_half_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(value: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def save(value: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     (here / "other.pt").write_text("mine")
@@ -322,8 +322,10 @@ def test_an_error_while_writing_leaves_no_half_file(here: Path, monkeypatch: pyt
 
 
 def test_debug_shows_the_traceback(here: Path) -> None:
-    with pytest.raises(KeyError, match="no such data set"):
-        recalibrate("--out", "new.pt", "--debug", data="users:fails")
+    result = recalibrate("--out", "new.pt", "--debug", data="users:fails")
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("Error: users.py:55: KeyError: 'no such data set'\n")
 
 
 def test_an_output_is_needed(here: Path) -> None:

@@ -206,6 +206,11 @@ def _consistent(case: Case) -> Case:
         change.update(between="", hooks="", inplace=False)
     if case.between.startswith(("layer", "moved")):
         change["call"] = "layer" if len(case.shape) <= 5 else "function"
+    by_loops = case.dtype != "float16" and (case.training or case.kernel == "cpu")
+    if not by_loops and not case.between.endswith("inplace"):
+        change["between"] = ""  # torch's kernels read outside of tensors that have become smaller
+    if case.between:
+        change["batches"] = 1  # the next call is another story
     if case.values == 0 or len(case.shape) > 5:
         change.update(kernel="", special="", between="", call="function")
     if case.dtype in ("float32", "float64"):

@@ -62,7 +62,7 @@ def transformed(case: Case, subject: Any) -> list[str]:
 
 
 def _tame(case: Case, subject: Any, problem: oracle.Problem) -> Tensor:
-    """Values whose variances are not small and activations away from a bend: the second derivative is tame."""
+    """Values with variances that are not small and activations that do not lie at a bend: derivatives are tame."""
     kinks, _ = oracle.bends(case.activation)
     vectors = [None if t is None else t.detach().double() for t in (subject.weight, subject.bias)]
     for _ in range(200):

@@ -47,8 +47,7 @@ def run(
     program = out is not None and out.suffix == ".pt2"
     if program and example is None and data is None:
         raise ValueError(f"{out} is to be a program of torch.export, which needs example inputs: say --example")
-    if out is not None:
-        checkpoints.check_out(out, checkpoint, force)
+    checkpoints.check_outs([out], checkpoint, force)
     read = checkpoints.read(checkpoint, key)
     net = in_mode(named.model(model), False)
     checkpoints.fit(net, read)
@@ -64,7 +63,7 @@ def run(
             elif checkpoints.is_safetensors(out):
                 safetensors.torch.save_model(folded.model, str(partial), metadata=dict(read.metadata or {}) or None)
             else:
-                torch.save(folded.model.state_dict(), partial)
+                checkpoints.save(folded.model.state_dict(), partial)
     return folded
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation
-from batchnorm.layers import OWN
+from batchnorm.layers import OWN, _widen
 from batchnorm.surgery.elementwise import activation_in
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_frozen
 from batchnorm.surgery.reading import Reading, inputs_for, read
@@ -54,7 +54,7 @@ def take_over(layer: nn.Module) -> None:
         layer.__class__ = OURS[type(layer)]
     elif type(layer) not in TORCHS:
         _adopt(layer, read(layer))
-    layer._apply(lambda t: t)  # which is where ours widens half-precision statistics
+    _widen(layer)
 
 
 def give_back(layer: nn.Module) -> None:
@@ -185,13 +185,6 @@ class _Adopted(nn.Module):
 
     _adopted: _Origin
 
-    def _obstacle_to_takeover(self) -> str | None:
-        layer: Any = self
-        reason: str | None = super()._obstacle_to_takeover()  # type: ignore[misc]
-        if reason is None or layer.activation != self._adopted.activation:
-            return reason
-        return f"without its activation {layer.activation.name}: call batchnorm.revert before"
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Let a new part behind normalization, such as ``layer.act``, be the activation, as in its own class."""
         adopted = self.__dict__.get("_adopted")
@@ -212,6 +205,16 @@ class _Adopted(nn.Module):
             )
         activation = known[0] if known else None
         self.__dict__.update(_adopted=replace(before, activation=activation), activation=activation)
+
+    def _obstacle_to_takeover(self, by: str) -> str | None:
+        """Let the package that its class is of make what it likes of it; others know nothing of its activation."""
+        adopted: _Origin = self._adopted
+        if adopted.activation is None or by == type(self).__module__:
+            return None
+        return (
+            f"without its activation {adopted.activation.name}: take {type(self).__module__}'s own function, if it has "
+            "one; or convert(model, statistics=Sync()) instead"
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Give TorchScript a layer of the class that it was."""

@@ -84,12 +84,13 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
 def revert(model: nn.Module) -> Converted:
     """Make every layer of ours in a model ``torch.nn``'s again, in place; the opposite of ``convert`` and of ``fuse``.
 
-    Fused activations and forwards go back to the modules that had them. A model of which nothing was left can be
-    pickled and loaded without this package. torch.nn runs half-precision parameters only with statistics of their
-    dtype: such statistics are rounded to it. It comes before tools that know torch.nn's classes by their exact type:
-    ``torch.ao.quantization`` ("did not find fuser method"), Opacus' validator, ``type(m) is nn.BatchNorm2d``; where
-    another package has put its own layers into a fused model, it gives them their activations back. ``inplace``, which
-    changes memory and not results, is dropped, and so are policies, which torch.nn does not have.
+    Fused activations and forwards go back to the modules that had them, also where another package has put its own
+    layers into a fused model. A model of which nothing was left can be pickled and loaded without this package. Call it
+    before tools that know torch.nn's classes by their exact type: ``torch.ao.quantization`` ("did not find fuser
+    method"), Opacus' validator, ``type(m) is nn.BatchNorm2d``.
+
+    torch.nn runs half-precision parameters only with statistics of their dtype: such statistics are rounded to it.
+    ``inplace``, which changes memory and not results, is dropped, and so are policies, which torch.nn does not have.
 
     Args:
         model: any module; it may be a layer of ours itself.

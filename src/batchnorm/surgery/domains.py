@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.surgery.adopt import obstacle, settle
 from batchnorm.surgery.convert import Converted
-from batchnorm.surgery.find import is_batch_norm
+from batchnorm.surgery.find import is_batch_norm, settle_lazy
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 
 __all__ = ["add_domain", "split_domains"]
@@ -46,6 +46,7 @@ def split_domains(model: nn.Module, domains: Iterable[str | int], *, shared_affi
     DomainBatchNorm(1, domains)  # which looks at the names
     if any(isinstance(module, (Absorbed, Rewritten)) for module in model.modules()):
         raise ValueError("the model is fused, which is done for one layer at each place: batchnorm.revert(model) first")
+    settle_lazy(model)
     whole = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
     parts = {part for module in whole for part in module.children()}
     converted, skipped = {}, {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
@@ -12,7 +14,7 @@ from batchnorm.surgery.tensors import copied
 
 __all__ = [
     "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "is_known", "names_of",
-    "shadow",
+    "settle_lazy", "shadow",
 ]  # fmt: skip
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
@@ -42,6 +44,21 @@ def is_known(kind: type[nn.Module]) -> bool:
 def is_frozen(module: Any) -> bool:
     """Whether ``batchnorm.freeze`` holds a layer at its running statistics."""
     return "_frozen" in vars(module)
+
+
+def settle_lazy(model: nn.Module) -> None:
+    """Make lazy layers whose state was loaded what their first input would make of them, in place.
+
+    Such a layer has all its tensors, but it says 0 channels, and its class changes in its next call.
+    """
+    for layer in model.modules():
+        kind: Any = layer
+        if not is_batch_norm(layer) or any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+            continue
+        if isinstance(layer, LazyModuleMixin):
+            kind._infer_parameters(layer, (torch.empty(1, layers.channels_of(layer), device="meta"),))
+        if getattr(layer, "num_features", None) == 0:
+            kind.num_features = layers.channels_of(layer)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
 from batchnorm.surgery.restoring import Restoring
 from batchnorm.takeover import Guarded
 
@@ -67,7 +67,7 @@ class _Held(Guarded, nn.Module):
 
     _frozen: _Before
 
-    def _obstacle_to_takeover(self) -> str:
+    def _obstacle_to_takeover(self, by: str) -> str:
         return (
             "which would not be frozen any more: call batchnorm.unfreeze before, and batchnorm.freeze afterwards, "
             "which holds SyncBatchNorm too"
@@ -202,6 +202,7 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         >>> model.train()  # the backbone's batch normalization stays in evaluation
         >>> batchnorm.unfreeze(model)
     """
+    settle_lazy(model)
     frozen, skipped = {}, {}
     for name, layer in model.named_modules():
         if not is_batch_norm(layer):

@@ -14,16 +14,24 @@ from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
 from batchnorm.surgery.folding.handover import handed_over, share_of
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 from batchnorm.surgery.sources import Search, Source
+from batchnorm.surgery.watched import missed
 
 __all__ = ["Replaced", "replace"]
 
 _WAYS = ("group", "layer", "instance", "rms")
 _USUAL_GROUPS = 32
 _FEWEST = 4  # values to normalize with each other: of two, nothing but their order would be left
+# Which attributes of a layer there still are afterwards, with the same meaning.
+_KEPT: dict[str | None, tuple[str, ...]] = {
+    "group": ("weight", "bias", "eps"),
+    "layer": ("weight", "bias", "eps"),
+    "rms": ("weight", "eps"),
+}
+_KEPT["instance"] = ("num_features", *_KEPT["group"])
 _OWN = (
     "num_features", "eps", "momentum", "affine", "track_running_stats",
     "process_group", "inplace",
@@ -95,6 +103,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         raise ValueError(f"unknown normalization {by!r}: choose from {', '.join(_WAYS)}, None, or give a policy")
     if by is not None and not isinstance(by, (str, Policy)):
         raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
+    settle_lazy(model)
     layers, skipped = {}, {}
     fused = _fused(model)
     for name, layer in model.named_modules():
@@ -108,7 +117,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
     search = Search(model, example_inputs) if layers else None
     for name, layer in list(layers.items()):
-        reason = None if search is None else _missed(search.asked.get(layer, set()), by)
+        reason = None if search is None else missed(search.asked.get(layer, ()), _KEPT.get(by, ()))
         if reason is not None:
             skipped[name] = reason
             del layers[name]
@@ -269,12 +278,3 @@ def _guessed(layer: Any, source: Source) -> str:
         f"removed, and with it its scale and statistics; {source.name}, registered before it, has a bias "
         f"{'now' if fresh else 'already'} (example_inputs would show whether it can take them over)"
     )
-
-
-def _missed(asked: set[str], by: str | None) -> str | None:
-    """Why a layer must stay whose attributes forwards read, since what replaces it has none such; None if it has."""
-    kept = set() if by is None else {"weight", "bias", "eps"} - ({"bias"} if by == "rms" else set())
-    gone = sorted(asked - kept)
-    if not gone:
-        return None
-    return f"a forward reads its {', '.join(gone)} besides calling it, which nothing in its place would have"

@@ -163,14 +163,20 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     """
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")
-    sizes = [t.abs().max().item() if t.numel() else 0.0 for t in right]
-    floor = max([1e-3 * size for size in sizes if size < float("inf")] + [1e-300])
+    sizes = [_size(t) for t in right]
+    floor = max([1e-3 * size for size in sizes] + [1e-300])
     worst = 0.0
     for ours, theirs, size, near in zip(found, right, sizes, rounded or right, strict=True):
         allowed = _ULPS * max(_distance(near, theirs), torch.finfo(theirs.dtype).eps * size) if rounded else 0.0
         distance = _distance(ours, theirs)
         worst = max(worst, 0.0 if distance <= allowed else distance / max(size, floor))
     return worst
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest value, of those that are finite."""
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:

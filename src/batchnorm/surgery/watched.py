@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-__all__ = ["read_besides_calls"]
+__all__ = ["missed", "read_besides_calls"]
 
 if TYPE_CHECKING:
     _Base = nn.Module  # what it is mixed into
@@ -61,3 +61,9 @@ def read_besides_calls(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, 
     finally:
         for layer, kind in kinds.items():
             layer.__class__ = kind
+
+
+def missed(asked: Collection[str], kept: Collection[str] = ()) -> str | None:
+    """Why a layer cannot go of which forwards read these attributes; None if what takes its place keeps them all."""
+    gone = sorted(set(asked) - set(kept))
+    return f"a forward reads its {', '.join(gone)}, which nothing in its place would have" if gone else None

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
 from batchnorm.surgery.example import forward, in_mode, seeded
+from batchnorm.surgery.find import settle_lazy
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.foldable import Borders, layers_of
 from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
@@ -164,6 +165,7 @@ def _folded(graph: Any, names: Sequence[str]) -> nn.Module:
 def _undone(copied: nn.Module) -> nn.Module:
     """A copy without what ``fuse`` gave to its layers, in evaluation."""
     undo(copied)
+    settle_lazy(copied)
     return in_mode(copied, False)
 
 

@@ -13,7 +13,7 @@ from batchnorm.surgery.folding.view import Share, View
 from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.line import is_linear_map
 from batchnorm.surgery.recorded import Run
-from batchnorm.surgery.watched import read_besides_calls
+from batchnorm.surgery.watched import missed, read_besides_calls
 
 __all__ = ["Neighbours", "Observed", "Traced", "untouched"]
 
@@ -52,8 +52,8 @@ class Observed:
 
     def of(self, layer: nn.Module) -> Neighbours:
         """What is next to a layer."""
-        why = None if layer in self._view.calls else "the example_inputs do not reach it"
-        why = why or asked_for(self._asked.get(layer)) or (_READ if layer in self._touched else None)
+        why = missed(self._asked.get(layer, ())) or (_READ if layer in self._touched else None)
+        why = why or (None if layer in self._view.calls else "the example_inputs do not reach it")
         if why is not None:
             return Neighbours(why, why, why, everywhere=True)
         before, after = self._view.before(layer), self._view.after(layer)
@@ -93,7 +93,7 @@ class Traced:
     def of(self, layer: nn.Module) -> Neighbours:
         """What is next to a layer: an outer graph, which sees more, overrules an inner one."""
         views = self._views.get(layer, [])
-        why = asked_for(self._asked.get(layer)) or (_READ if layer in self._touched else None)
+        why = missed(self._asked.get(layer, ())) or (_READ if layer in self._touched else None)
         if why is not None:
             return Neighbours(why, why, why)
         before, after = None, None
@@ -136,13 +136,6 @@ class Traced:
         # A linear layer may give (N, L, C), which the layer would normalize along L.
         usable = beside is not None and is_linear_map(beside) and not isinstance(beside, nn.Linear)
         return (Share(beside),) if usable and beside is not None and alone else None
-
-
-def asked_for(names: set[str] | None) -> str | None:
-    """Why a layer whose attributes others read cannot go; None if there are none."""
-    if not names:
-        return None
-    return f"a forward reads its {', '.join(sorted(names))} besides calling it, which nothing in its place would have"
 
 
 def untouched(

@@ -249,13 +249,18 @@ class View:
         return not paths.is_movement(self._source(call))
 
     def _shares(self, found: dict[nn.Module, list[Tensor | None]]) -> tuple[Share, ...] | str:
+        """What all calls agree on; a channel that one of them does not use may be any there."""
         shares = []
-        for module, each in found.items():
-            first = each[0]
-            if not all(first is other or (first is not None and other is not None and first.equal(other))
-                       for other in each):  # fmt: skip
-                return f"its channels are others of {self._name(module)} in each call"
-            shares.append(Share(module, first))
+        for module, (channels, *others) in found.items():
+            for other in others:
+                if channels is None or other is None:
+                    agreed = channels is other
+                else:
+                    agreed = bool(((channels == other) | (channels < 0) | (other < 0)).all())
+                    channels = torch.maximum(channels, other)
+                if not agreed:
+                    return f"its channels are others of {self._name(module)} in each call"
+            shares.append(Share(module, channels))
         return tuple(shares)
 
     def _other_axis(self, module: nn.Module) -> str:
@@ -276,11 +281,11 @@ class View:
         """What a graph without sizes tells: convolutions are taken to have a batch, linear layers need (N, C)."""
         given = _input(call)
         rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self._module, given)
-        rank = rank or rank_taken(layer)
+        ranks = {rank, rank_taken(layer)} - {None}
         for module in modules:
-            if rank is None and isinstance(module, nn.Linear):
+            if not ranks and isinstance(module, nn.Linear):
                 return self._unknown_rank(module)
-            if rank is not None and rank != module.weight.dim():
+            if ranks and ranks != {module.weight.dim()}:
                 return self._other_axis(module)
         return (Share(modules[0]),) if len(modules) == 1 else self._joined(call, modules)
 

@@ -89,8 +89,9 @@ class Watch:
                     check_mask(mask, x)
                 self._add(site, moments_of(x, mask))
                 self.rows = self.rows or len(x)
-                self._rest(site, x)
             self._count(layer)
+            if site not in self.unfit:
+                self._rest(site, x)
 
         return note
 
