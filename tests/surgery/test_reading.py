@@ -254,14 +254,14 @@ def test_timms_tools_find_the_activation_of_a_converted_layer() -> None:
     torch.testing.assert_close(frozen.train()(x), right)
 
 
-def test_synchronizing_a_converted_layer_says_to_revert_before() -> None:
+def test_timm_synchronizes_a_converted_layer_with_its_activation_and_torch_refuses() -> None:
     model = nn.Sequential(BatchNormAct2d(C))
     batchnorm.convert(model)
-    for function in (nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm):
-        with pytest.raises(RuntimeError, match=r"without its activation relu: call batchnorm\.revert before"):
-            function(copy.deepcopy(model))
-    batchnorm.revert(model)
-    assert type(timm.layers.convert_sync_batchnorm(model)[0]) is SyncBatchNormAct
+    with pytest.raises(RuntimeError, match="without its activation relu"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    made = timm.layers.convert_sync_batchnorm(model)[0]
+    assert type(made) is SyncBatchNormAct
+    assert type(made.act) is nn.ReLU
 
 
 def test_torchscript_gets_the_class_that_it_was() -> None:
