@@ -254,14 +254,19 @@ def test_timms_tools_find_the_activation_of_a_converted_layer() -> None:
     torch.testing.assert_close(frozen.train()(x), right)
 
 
-def test_synchronizing_a_converted_layer_says_to_revert_before() -> None:
-    model = nn.Sequential(BatchNormAct2d(C))
+def test_synchronizing_a_converted_layer_is_for_its_own_package() -> None:
+    x = torch.randn(2, C, 4, 4)
+    model = nn.Sequential(random_state(BatchNormAct2d(C))).eval()
+    right = model(x)
     batchnorm.convert(model)
-    for function in (nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm):
-        with pytest.raises(RuntimeError, match=r"without its activation relu: call batchnorm\.revert before"):
-            function(copy.deepcopy(model))
-    batchnorm.revert(model)
-    assert type(timm.layers.convert_sync_batchnorm(model)[0]) is SyncBatchNormAct
+    with pytest.raises(RuntimeError, match=r"without its activation relu: take timm\.layers\.norm_act's own function"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    for reverted in (False, True):
+        if reverted:
+            batchnorm.revert(model)
+        synchronized = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+        assert type(synchronized[0]) is SyncBatchNormAct
+        torch.testing.assert_close(synchronized(x), right)
 
 
 def test_torchscript_gets_the_class_that_it_was() -> None:
