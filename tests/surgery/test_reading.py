@@ -254,14 +254,19 @@ def test_timms_tools_find_the_activation_of_a_converted_layer() -> None:
     torch.testing.assert_close(frozen.train()(x), right)
 
 
-def test_timm_synchronizes_a_converted_layer_with_its_activation_and_torch_refuses() -> None:
-    model = nn.Sequential(BatchNormAct2d(C))
+def test_synchronizing_a_converted_layer_is_for_its_own_package() -> None:
+    x = torch.randn(2, C, 4, 4)
+    model = nn.Sequential(random_state(BatchNormAct2d(C))).eval()
+    right = model(x)
     batchnorm.convert(model)
-    with pytest.raises(RuntimeError, match="without its activation relu"):
+    with pytest.raises(RuntimeError, match=r"without its activation relu: take timm\.layers\.norm_act's own function"):
         nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    made = timm.layers.convert_sync_batchnorm(model)[0]
-    assert type(made) is SyncBatchNormAct
-    assert type(made.act) is nn.ReLU
+    for reverted in (False, True):
+        if reverted:
+            batchnorm.revert(model)
+        synchronized = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+        assert type(synchronized[0]) is SyncBatchNormAct
+        torch.testing.assert_close(synchronized(x), right)
 
 
 def test_torchscript_gets_the_class_that_it_was() -> None:
