@@ -37,5 +37,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[tools]' --group test
-	$(BIN)/python -m pip install --no-compile --no-deps -c constraints.txt --group timm
+	$(BIN)/python -m pip install --no-compile --no-deps -c constraints.txt --group timm --group opacus
 	@touch $@

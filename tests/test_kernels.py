@@ -57,10 +57,10 @@ CASES = [
     Case((3, 5, 9, 11), "channels_last", "rows", True),
     Case((1, 13, 7, 7), "channels_last", "rows", True),
     Case((3, 11, 3, 5, 7), "channels_last", "rows", True),
-    Case((5, 9, 67), "channels_last", "rows", True),  # [N, L, C] transposed
     Case((5, 9, 70, 71), "channels_last", "rows", False),
     Case((3, 523, 13, 23), "channels_last", "rows", False),
-    # Other strides are copied first.
+    # Other strides are copied first, [N, L, C] transposed among them, of which torch's output is contiguous.
+    Case((5, 9, 67), "channels_last", "planes", True),
     Case((3, 5, 9, 11), "gaps", "planes", True),
     Case((7, 5), "gaps", "rows", True),
     Case((3, 5, 9, 11), "batch_last", "planes", True),
@@ -251,3 +251,19 @@ def test_a_small_evaluation_goes_to_aten_and_a_large_one_to_the_loops() -> None:
         y = layer(x)
         assert kernels.ran().forward == "cpu"
     torch.testing.assert_close(y, x * (1 + layer.eps) ** -0.5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_plans_for_other_shapes_of_as_many_channels_hold_no_more_memory(layout: str) -> None:
+    """Thousands of plans are kept, one for each shape."""
+    C, held = 8192, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in range(2, 18):
+            x = torch.empty_like(laid((n, C, 1, 2), 0, dtype, layout), device="meta")
+            for planned in (plans.plan, plans.given_plan, lambda *a: plans.sets_plan(*a, 1, False)):
+                found = planned(x.shape, x.stride(), dtype)
+                assert found is not None
+                assert (found.moments.shape, found.gradient.shape) == ((2, C), (C,))
+                tensors = [value for value in found if isinstance(value, torch.Tensor)]
+                held |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(held.values()) <= (2 * 8 + 4) * C

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = "README.md", "docs/recalibrating.md", "docs/adapting.md", "docs/converting.md"
+PAGES = "README.md", "docs/recalibrating.md", "docs/adapting.md", "docs/converting.md", "docs/other-tools.md"
 EXAMPLES = [
     pytest.param(page, code, id=f"{page}-{number}")
     for page in PAGES

@@ -41,7 +41,9 @@ def main() -> None:
     show_default=True,
     help="Directory for results.json and report.html.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), help="Runs for each arm and learning rate.  [default: 5]")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), help="Runs of each arm for the verdict, at its best rate.  [default: 8]"
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each run.  [default: 250]")
 @click.option("--quick", is_flag=True, help="Take seconds, not minutes: too few runs for a verdict.")
 @DEBUG
@@ -59,7 +61,9 @@ def compare(out: Path, seeds: int | None, steps: int | None, quick: bool, debug:
             from batchnorm.study.verdict import judge
 
         default = QUICK if quick else Settings()
-        settings = replace(default, seeds=seeds or default.seeds, steps=steps or default.steps)
+        seeds = seeds or default.seeds
+        sweep_seeds = min(seeds, default.sweep_seeds)
+        settings = replace(default, sweep_seeds=sweep_seeds, seeds=seeds, steps=steps or default.steps)
         console = Console()
         _check_writable(out, "results.json", "report.html")
         with terminal.progress(console) as progress:

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm.activations import applied
 from batchnorm.arguments import Call
 from batchnorm.distributed import Group
-from batchnorm.kernels import cpu, operators, plans, reference
+from batchnorm.kernels import cpu, gate, operators, plans, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
@@ -165,13 +165,13 @@ def _group(sync: Sync, x: Tensor) -> Group:
 def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) -> tuple[Tensor, Moments]:
     x, plan = plans.laid_out_sets(call.x, size, weights is not None)
     sets = cpu.sets_of(plan, size, *_summed(weights, size), _limits(call))
-    mean, var, weight, bias = (operators.ready(t, plan) for t in call[1:5])
+    mean, var, weight, bias = (gate.ready(t, plan) for t in call[1:5])
     still = recomputing or part(call.statistics, Accumulated) is not None
     running = None
     if sets.limits is not None or not still:  # renormalization looks at running statistics that do not move, too
         factor = 0.0 if still else -1.0 if call.momentum is None else call.momentum
         running = cpu.Running(mean, var, None if still else call.batches, factor)
-    extras = operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
+    extras = operators.Extras(call.activation, gate.laid_like(call.residual, x), call.inplace)
     y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, extras, sets=sets)
     if not still:
         for buffer, t in zip(call[1:3], (mean, var), strict=True):
@@ -201,9 +201,9 @@ def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tupl
         found = moments.mean, moments.biased_variance
         return torch.stack((*found, *(_correction(call, *found) or ()))), float(moments.count[0])
 
-    weight, bias = (operators.ready(t, plan) for t in call[3:5])
+    weight, bias = (gate.ready(t, plan) for t in call[3:5])
     merging = Merging(merge_moments, lambda sums: group.summed(sums, plan.statistics))
-    extras = operators.Extras(call.activation, operators.laid_like(call.residual, x))
+    extras = operators.Extras(call.activation, gate.laid_like(call.residual, x))
     y = merged_cpu(x, plan, weight, bias, call.eps, extras, sets, merging)
     (moments,) = everybodys
     return y, Moments(moments.count[None], moments.mean[None], moments.m2[None])

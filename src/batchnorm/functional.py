@@ -7,17 +7,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import estimation
 from batchnorm.activations import Activation, activation_of, applied
 from batchnorm.arguments import NARROW, Call, check
-from batchnorm.kernels import cpu, operators, plans, reference
+from batchnorm.kernels import (
+    cpu,
+    gate,
+    library,  # noqa: F401  # defines torch.ops.batchnorm
+    operators,
+    plans,
+    reference,
+)
 from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched, which
 from batchnorm.statistics import Batch, Policy
 
 __all__ = ["batch_norm"]
-
-_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def batch_norm(
@@ -84,6 +90,15 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2; in place, Rota Bulo et al. 2018, arXiv
     1712.02616.
     """
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
+        more: dict[str, Any] = {
+            "num_batches_tracked": num_batches_tracked, "activation": activation, "residual": residual,
+            "inplace": inplace, "mask": mask, "statistics": statistics, "state": state,
+        }  # fmt: skip
+        return _overridden(input, running_mean, running_var, weight, bias, training, momentum, eps, **more)
     alone = activation is None and residual is None
     usual = mask is None and (statistics is None or type(statistics) is Batch)
     if not inplace and not torch.compiler.is_compiling():
@@ -126,6 +141,20 @@ def batch_norm(
     return _chosen(call)
 
 
+_torchs = F.batch_norm  # as it is, whoever may put ours in its place
+
+
+def _overridden(*positional: Any, **extras: Any) -> Tensor:
+    """Let the tensors' own class, a mode or torch.fx's tracing do it, as torch's functions do."""
+    extras = {name: value for name, value in extras.items() if value is not None and value is not False}
+    y: Tensor = handle_torch_function(batch_norm, (*positional[:5], extras.get("residual")), *positional, **extras)
+    return y
+
+
+# What TorchScript compiles in this function's place; it has no policies, activations or masks.
+batch_norm.__prepare_scriptable__ = lambda: _torchs  # type: ignore[attr-defined]
+
+
 def _chosen(call: Call) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced(call)
@@ -150,7 +179,7 @@ def _common_case(
     bias: Tensor | None,
     batches: Tensor | None,
 ) -> plans.Plan | None:
-    """The loops' plan where nothing needs a closer look: what `_check` and `which` establish, in a tenth of the time.
+    """The loops' plan where nothing needs a closer look: what `check` and `which` establish, in a tenth of the time.
 
     None says only that they must be asked.
     """
@@ -159,13 +188,9 @@ def _common_case(
     plan = plans.plan(x.shape, x.stride(), x.dtype)
     if plan is None:
         return None
-    size, dtype = plan.vector, plan.statistics
-    for t in (running_mean, running_var, weight, bias):
-        if t is not None and not (
-            t.dtype == dtype and t.shape == size and type(t) in _PLAIN and t.is_cpu and t.is_contiguous()
-        ):
-            return None
-    if batches is not None and not (type(batches) in _PLAIN and batches.is_cpu and batches.dtype == torch.int64):
+    if not gate.vectors(plan, running_mean, running_var, weight, bias):
+        return None
+    if batches is not None and not (type(batches) in gate.PLAIN and batches.is_cpu and batches.dtype == torch.int64):
         return None
     return plan if (running_mean is None) == (running_var is None) else None
 
@@ -205,7 +230,7 @@ def _followed(y: Tensor, call: Call) -> Tensor:
 
 def _train_cpu(call: Call) -> Tensor:
     x, plan = plans.laid_out(call.x)
-    weight, bias = operators.ready(call.weight, plan), operators.ready(call.bias, plan)
+    weight, bias = gate.ready(call.weight, plan), gate.ready(call.bias, plan)
     running = None if call.batches is None else cpu.Running(None, None, call.batches, 0.0)
     moved: list[tuple[Tensor, Tensor]] = []
     if call.running_mean is not None and call.running_var is not None:
@@ -225,7 +250,7 @@ def _train_cpu(call: Call) -> Tensor:
 
 def _extras(call: Call, x: Tensor) -> operators.Extras:
     """What goes along with x, laid out like it; a copy of the input, which it is then, can be overwritten as well."""
-    return operators.Extras(call.activation, operators.laid_like(call.residual, x), call.inplace)
+    return operators.Extras(call.activation, gate.laid_like(call.residual, x), call.inplace)
 
 
 def _train_aten(
@@ -233,12 +258,13 @@ def _train_aten(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Momentum 1 makes ATen write the batch's mean and unbiased variance where the running statistics would be."""
     if x.numel() == 0:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), None, None
+        return _torchs(x, None, None, weight, bias, True, 0.0, eps), None, None
     dtype = torch.float32 if x.dtype in NARROW else x.dtype
     if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
+    weight, bias = _dense(weight), _dense(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    y = _torchs(x, mean, var, weight, bias, True, 1.0, eps)
     return y, mean, var
 
 
@@ -314,10 +340,9 @@ def _evaluate(
             y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
         except (RuntimeError, IndexError, ValueError):
             check(call)
-            if running_mean is None or running_var is None or x.dtype in NARROW or running_mean.dtype == x.dtype:
+            if running_mean is None or running_var is None or running_mean.dtype == running_var.dtype == _kept(x):
                 raise
-            # Statistics of another precision, which training can move: ATen wants the input's.
-            y = _evaluate_aten(x, running_mean.to(x.dtype), running_var.to(x.dtype), weight, bias, eps)
+            y = _evaluate_aten(x, running_mean.to(_kept(x)), running_var.to(_kept(x)), weight, bias, eps)
         record.forward = "aten"
         return y
     check(call)
@@ -336,10 +361,10 @@ def _evaluate_with(call: Call) -> Tensor:
     if kernel == "cpu":
         x, plan = plans.laid_out(x, given=True)
         given = torch.stack((running_mean.double(), running_var.double()))
-        weight, bias = operators.ready(weight, plan), operators.ready(bias, plan)
+        weight, bias = gate.ready(weight, plan), gate.ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
-    if x.dtype not in NARROW and running_mean.dtype != x.dtype:
-        running_mean, running_var = running_mean.to(x.dtype), running_var.to(x.dtype)
+    if running_mean.dtype != x.dtype:
+        running_mean, running_var = running_mean.to(_kept(x)), running_var.to(_kept(x))
     return _followed(_evaluate_aten(x, running_mean, running_var, weight, bias, call.eps), call)
 
 
@@ -355,15 +380,25 @@ def _evaluate_aten(
         weight, bias = _widened(weight), _widened(bias)
     return torch.batch_norm(
         x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
+        _dense(weight),
+        _dense(bias),
+        _dense(running_mean),
+        _dense(running_var),
         False,
         0.0,
         eps,
         torch.backends.cudnn.enabled,
     )
+
+
+def _kept(x: Tensor) -> torch.dtype:
+    """What ATen wants statistics to be in; training moves those of another precision, too."""
+    return torch.float32 if x.dtype in NARROW else x.dtype
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """ATen's backward (2.13) takes weights and statistics with gaps for contiguous ones, and gives nonsense."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _widened(t: Tensor | None) -> Tensor | None:

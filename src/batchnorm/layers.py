@@ -8,29 +8,55 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from batchnorm.activations import Activation, activation_of, module_of
+from batchnorm.activations import activation_of, module_of
+from batchnorm.epilogue import WithEpilogue, recorded
 from batchnorm.functional import batch_norm
 from batchnorm.statistics import Accumulated, Batch, Policy, check_policy, own, part
+from batchnorm.takeover import Guarded
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
+__all__ = [
+    "OWN", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d",
+    "channels_of",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     _Base = nn.modules.batchnorm._BatchNorm  # what it is mixed into
 else:
     _Base = object
 
+OWN = ("activation", "inplace", "_statistics", "_watched")  # attributes that torch.nn's layers do not have
 _STATISTICS = ("running_mean", "running_var")
 
 
-class _Ours(_Base):
+def channels_of(layer: Any) -> int:
+    """How many channels a batch normalization layer has: as its tensors say, where it has any.
+
+    A lazy layer whose state was loaded before its first input says 0 for good; torchvision's frozen one does not say.
+    """
+    for name in ("running_mean", "weight", "bias"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, Tensor) and not is_lazy(tensor):
+            return tensor.numel()
+    return int(layer.num_features)
+
+
+class _Ours(WithEpilogue, Guarded, _Base):
     """What the layers change of torch's own: the way to the kernels, and statistics that stay wide."""
 
     # Also what layers have that were pickled, or came from torch.nn, without them.
-    activation: Activation | None = None
     inplace: bool = False
     _statistics: Policy | None = None
+
+    def _obstacle_to_takeover(self, by: str) -> str | None:
+        """What no layer of torch.nn does in this one's place, and what to do instead."""
+        if self.activation is None or self._watched:
+            return None
+        return (
+            f"without its activation {self.activation.name}: set its activation to None and put the activation's "
+            "module behind it; or keep it, and convert(model, statistics=Sync()) instead"
+        )
 
     @property
     def statistics(self) -> Policy:
@@ -46,7 +72,7 @@ class _Ours(_Base):
         self._statistics = None if policy is None or type(policy) is Batch else own(policy)
         if policy is not None and policy.STATE is not None:
             batches = self.num_batches_tracked
-            state = policy.state(self.num_features, None if batches is None else batches.device)
+            state = policy.state(channels_of(self), None if batches is None else batches.device)
             self.register_buffer(policy.STATE, state, persistent=policy.KEPT)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -60,10 +86,8 @@ class _Ours(_Base):
             mask: ``(N, *space)``, or of a shape that broadcasts to that; bool or weights: the positions that count.
         """
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
-            tracer: Any = input.tracer
-            given = (input,) if residual is None else (input, residual)
-            more = {} if mask is None else {"mask": mask}
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, more)
+            call: Tensor = recorded(self, input, residual, mask, self.activation)
+            return call
         self._check_input_dim(input)
         parameters, buffers = self._parameters, self._buffers
         try:  # a third of what getattr costs
@@ -162,7 +186,7 @@ def _torch_twin(layer: nn.Module) -> nn.Module:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     kind = next(kind for kind in kinds if isinstance(layer, kind))
     twin: nn.Module = kind.__new__(kind)
-    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("activation", "inplace", "_statistics")})
+    twin.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in OWN})
     return twin
 
 
@@ -253,8 +277,8 @@ class _LazyBatchNorm(_Ours):
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from the first input; residual and mask, if there are any, say nothing new."""
         super().initialize_parameters(input)  # type: ignore[misc]
+        self.num_features = input.shape[1]  # torch leaves it at 0 where a checkpoint was loaded before
         if part(self._statistics, Accumulated) is not None:
-            self.num_features = input.shape[1]  # torch leaves it at 0 where a checkpoint was loaded before
             self.statistics = self._statistics  # whose buffer is of that size
 
 

@@ -13,7 +13,7 @@ MakeComparison = Callable[..., Comparison]
 @pytest.fixture(scope="session")
 def trained() -> Comparison:
     """Two seeds at three rates, the last one far past divergence."""
-    return compare(settings=Settings(rates=(0.03, 0.1, 1e20), seeds=2, steps=30), processes=1)
+    return compare(settings=Settings(rates=(0.03, 0.1, 1e20), sweep_seeds=2, seeds=2, steps=30), processes=1)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make_comparison() -> MakeComparison:
         best: tuple[float, float] = (0.1, 0.1),
         arms: tuple[str, str] = ("no norm", "batch norm"),
     ) -> Comparison:
-        settings = Settings(rates=(0.01, 0.1, 1.0), seeds=len(before), steps=20)
+        settings = Settings(rates=(0.01, 0.1, 1.0), sweep_seeds=2, seeds=len(before), steps=20)
 
         def run(arm: str, rate: float, seed: int, stage: Stage, accuracy: float) -> Run:
             batch = 0.5 if arm == arms[1] else None
@@ -51,10 +51,10 @@ def make_comparison() -> MakeComparison:
             run(arm, rate, seed, "sweep", 0.8 if rate == chosen else 0.7)
             for arm, chosen in zip(arms, best, strict=True)
             for rate in settings.rates
-            for seed in range(settings.seeds)
+            for seed in range(settings.sweep_seeds)
         ]
         final = [
-            run(arm, rate, settings.seeds + seed, "final", accuracy)
+            run(arm, rate, settings.sweep_seeds + seed, "final", accuracy)
             for arm, rate, accuracies in zip(arms, best, (before, after), strict=True)
             for seed, accuracy in enumerate(accuracies)
         ]

@@ -24,7 +24,7 @@ def test_compare_writes_its_results_and_says_the_answer(tmp_path: Path) -> None:
         main, ["compare", "--quick", "--steps", "10", "--out", str(tmp_path)], env={"COLUMNS": "120"}
     )
     assert result.exit_code == 0, result.output
-    for text in ("no norm", "batch norm", "test accuracy", "Inconclusive: ", "a verdict needs at least 5 seeds."):
+    for text in ("no norm", "batch norm", "test accuracy", "Inconclusive: ", "a verdict needs at least 6 seeds."):
         assert text in result.output
     comparison = Comparison.from_json((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert comparison.settings.seeds == 2

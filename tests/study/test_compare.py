@@ -106,7 +106,7 @@ def test_the_parts_of_the_data_share_no_image() -> None:
 
 
 def test_results_repeat_and_do_not_depend_on_the_number_of_processes() -> None:
-    settings = Settings(rates=(0.1,), seeds=1, steps=6)
+    settings = Settings(rates=(0.1,), sweep_seeds=1, seeds=1, steps=6)
     alone, beside = (compare(settings=settings, processes=processes) for processes in (1, 2))
     assert without_times(alone) == without_times(beside)
 
@@ -138,7 +138,7 @@ def test_an_outcome_follows_from_the_losses(losses: list[float], outcome: str) -
 
 def test_progress_is_reported_after_each_run() -> None:
     calls: list[tuple[int, int]] = []
-    settings = Settings(rates=(0.1,), seeds=1, steps=1)
+    settings = Settings(rates=(0.1,), sweep_seeds=1, seeds=1, steps=1)
     compare(settings=settings, processes=1, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 4) for done in (1, 2, 3, 4)]
 
@@ -172,7 +172,7 @@ def test_json_holds_everything_and_no_nan(trained: Comparison) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"schema": "batchnorm.compare", "version": 99}'])
 def test_json_of_another_schema_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected batchnorm\.compare version 1"):
+    with pytest.raises(ValueError, match=r"expected batchnorm\.compare version 2"):
         Comparison.from_json(text)
 
 
@@ -206,7 +206,16 @@ def test_a_tie_goes_to_the_smaller_rate(trained: Comparison) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rates": ()}, {"rates": (0.1, 0.01)}, {"rates": (-1.0, 1.0)}, {"seeds": 0}, {"steps": 0}, {"batch": 0}]
+    "wrong",
+    [
+        {"rates": ()},
+        {"rates": (0.1, 0.01)},
+        {"rates": (-1.0, 1.0)},
+        {"seeds": 0},
+        {"sweep_seeds": 0},
+        {"steps": 0},
+        {"batch": 0},
+    ],
 )
 def test_settings_that_cannot_be_run_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):

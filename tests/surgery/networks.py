@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ def randomized(model: nn.Module) -> nn.Module:
                 layer.running_mean.normal_(0, 0.3)
                 layer.running_var.uniform_(0.5, 2)
     return model
+
+
+def image(channels: int = 2, side: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, channels, side, side, generator=generator).to(dtype)
 
 
 class BasicBlock(nn.Module):
@@ -153,3 +159,17 @@ class Inception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.branches(F.dropout(self.second(self.first(x)), 0.2, self.training))
         return self.head(x.mean((2, 3)))
+
+
+class Tail(nn.Module):
+    """A convolution, a layer, and whatever a test wants behind."""
+
+    def __init__(self, tail: Callable[..., Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self, x, self.bn(self.conv(x)))

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from folded import fresh, image, is_left, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import DenseNet, Inception, ResNet, Undecided, randomized
+from networks import DenseNet, Inception, ResNet, randomized
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import batchnorm
 from batchnorm import recurrent
 from batchnorm.surgery.line import along_inputs, along_outputs, constant_through, line
-
-SPACE = {0: (), 1: (7,), 2: (7, 6), 3: (5, 4, 6)}
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -41,27 +40,6 @@ class FrozenBatchNorm2d(nn.Module):
 
 def norm(dimensions: int, channels: int, source: Any = nn, **options: Any) -> Any:
     return randomized(nn.Sequential(getattr(source, f"BatchNorm{max(dimensions, 1)}d")(channels, **options)))[0]
-
-
-def fresh(*modules: nn.Module, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return randomized(nn.Sequential(*modules))
-
-
-def image(channels: int, dimensions: int = 2) -> Tensor:
-    x = torch.randn(3, channels, *SPACE[dimensions], generator=torch.Generator().manual_seed(1))
-    return x
-
-
-def is_left(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if "BatchNorm" in type(m).__name__]
-
-
-def same(result: Any, model: nn.Module, x: Any) -> None:
-    """The folded model against the model, by torch's own float64 where only rounding could differ."""
-    kept = copy.deepcopy(model).eval()
-    with torch.no_grad(), batchnorm.kernels.using("aten"):
-        torch.testing.assert_close(result.model(x), kept(x), rtol=1e-5, atol=1e-5)
 
 
 # --- before ---
@@ -91,7 +69,7 @@ def test_into_what_is_before(dimensions: int, make: Any, groups: int, bias: bool
     layer.running_var.uniform_(0.5, 2)
     model = nn.Sequential(make(groups, bias), layer, nn.ReLU()).double()
     before, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    result = batchnorm.fold(model)
+    result = batchnorm.fold(model, image(4, dimensions).double() if dimensions == 0 else None)  # (N, C), not (N, L, C)
     assert result.folded == {"1": "into 0"}
     assert result.skipped == {}
     assert is_left(result.model) == []
@@ -319,7 +297,7 @@ REFUSED: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
     "hook around": (lambda: [hooked(nn.Sequential(nn.Conv2d(2, 3, 1))), nn.BatchNorm2d(3)], "Sequential"),
     "weight norm": (lambda: [parametrizations.weight_norm(nn.Conv2d(2, 3, 1)), nn.BatchNorm2d(3)], "Parametrized"),
     "spectral norm": (lambda: [parametrizations.spectral_norm(nn.Conv2d(2, 3, 1)), nn.BatchNorm2d(3)], "Parametrized"),
-    "standardized": (lambda: [Standardized(2, 3, 1), nn.BatchNorm2d(3)], "not a plain convolution"),
+    "standardized": (lambda: [Standardized(2, 3, 1), norm(2, 3)], "does more with its weight"),
     "pool": (lambda: [CONV, nn.AvgPool2d(1), nn.BatchNorm2d(3)], "it follows AvgPool2d"),
     "variance": (lambda: [CONV, negative()], "not finite"),
     "last dimension": (lambda: [nn.Linear(6, 2), nn.BatchNorm2d(2)], "dimension 1"),
@@ -353,179 +331,6 @@ def test_the_whole_model_and_no_layer() -> None:
     assert "whole model" in batchnorm.fold(nn.BatchNorm2d(3)).skipped[""]
     result = batchnorm.fold(nn.Linear(2, 2), torch.randn(3, 2))
     assert (result.folded, result.skipped, result.max_error) == ({}, {}, 0)
-
-
-# --- who else reads ---
-
-
-class Wired(nn.Module):
-    """Two convolutions and two layers, connected as a test says."""
-
-    def __init__(self, wiring: Callable[[Any, Tensor], Tensor], traceable: bool = True) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
-        self.first, self.second = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
-        self.wiring, self.traceable = wiring, traceable
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.traceable and x.sum() > 1e9:
-            return x
-        return self.wiring(self, x)
-
-
-def through(y: Tensor, m: Any) -> Tensor:
-    return m.first(F.dropout(y, 0.5, m.training))
-
-
-WIRED: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
-    "plain": (lambda m, x: m.second(m.b(m.first(m.a(x)).relu())), {"first": "into a", "second": "into b"}),
-    "two readers": (lambda m, x: m.second(m.b((y := m.a(x)) + m.first(y))), {"second": "into b"}),
-    "one for two": (lambda m, x: m.first(m.a(x)).relu() + m.second(m.a(x)).relu(), {}),
-    "two for one": (lambda m, x: m.first(m.a(x)).relu() + m.first(m.b(x)).relu() + m.second(x).relu(), {}),
-    "a pair twice": (lambda m, x: m.first(m.a(m.first(m.a(x)).relu())).relu(), {"first": "into a"}),
-    "functional": (lambda m, x: F.conv2d(m.first(m.a(x)).relu(), m.a.weight), {}),
-    "only its dtype": (lambda m, x: m.first(m.a(x.to(m.a.weight.dtype))).relu(), {"first": "into a"}),
-    "its own weight": (lambda m, x: m.first(m.a(x)).relu() * m.first.weight.sum(), {}),
-    "dropout": (lambda m, x: through(m.a(x), m).relu(), {"first": "into a"}),
-    "in place": (lambda m, x: m.first(m.a(x).relu_()).relu(), {}),
-    "form": (lambda m, x: m.first(y := m.a(x)).relu().reshape(y.shape), {"first": "into a"}),
-    "behind, and a skip": (lambda m, x: (h := x.relu()) + m.b(m.first(h)), {"first": "into b, which follows"}),
-    "behind twice": (lambda m, x: m.a(y := m.first(x.relu())) + m.b(y), {}),
-    "behind, others too": (lambda m, x: m.b(m.first(x.relu())) + m.b(x), {}),
-}
-
-
-@pytest.mark.parametrize("traceable", [True, False], ids=["traced", "observed"])
-@pytest.mark.parametrize(("wiring", "folded"), WIRED.values(), ids=WIRED)
-def test_wirings(wiring: Any, folded: dict[str, str], traceable: bool) -> None:
-    torch.manual_seed(0)
-    model = randomized(Wired(wiring, traceable))
-    result = batchnorm.fold(model, image(2))
-    assert result.folded == folded
-    assert set(result.folded) | set(result.skipped) == {"first", "second"}
-    assert result.max_error_float64 < 1e-12
-    same(result, model, image(2))
-    without = batchnorm.fold(model)
-    if traceable:
-        assert without.folded == folded
-    else:
-        assert without.folded == {}
-        assert "example_inputs" in without.skipped["first"]
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)).relu()
-
-
-class Shared(nn.Module):
-    def __init__(self, traceable: bool) -> None:
-        super().__init__()
-        self.one = Pair()
-        self.two = self.one
-        self.traceable = traceable
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.traceable and x.sum() > 1e9:
-            return x
-        return self.one(x) + self.two(x + 1)
-
-
-@pytest.mark.parametrize("traceable", [True, False])
-def test_shared_pairs_are_folded_once(traceable: bool) -> None:
-    model = randomized(Shared(traceable))
-    result = batchnorm.fold(model, image(2))
-    assert result.folded == {"one.norm": "into one.conv"}
-    assert result.model.one is result.model.two
-    same(result, model, image(2))
-    if not traceable:
-        assert "shared" in batchnorm.fold(model).skipped["one.norm"]
-
-
-def test_tied_weights_are_untied() -> None:
-    model: Any = fresh(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
-    model[3].weight = model[0].weight
-    result = batchnorm.fold(model, torch.randn(4, 3))
-    assert result.folded == {"1": "into 0, which has a weight of its own now"}
-    assert result.model[3].weight is not result.model[0].weight
-    same(result, model, torch.randn(4, 3))
-
-
-def test_features_that_are_flattened() -> None:
-    class Tokens(nn.Module):
-        def __init__(self, end: int) -> None:
-            super().__init__()
-            self.linear, self.norm, self.end = nn.Linear(4, 6), nn.BatchNorm1d(6), end
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.linear(x)
-            return self.norm(y.flatten(0, self.end)).reshape_as(y)
-
-    for end in (1, -2):
-        model = randomized(Tokens(end))
-        result = batchnorm.fold(model, torch.randn(2, 5, 4))
-        assert result.folded == {"norm": "into linear"}
-        same(result, model, torch.randn(2, 5, 4))
-    model = fresh(nn.Linear(4, 6), nn.BatchNorm1d(6))  # of (N, 6, 4), whose channels are another dimension
-    result = batchnorm.fold(model, torch.randn(2, 6, 4))
-    assert "dimension 1" in result.skipped["1"]
-
-
-# --- where nothing can be traced ---
-
-
-def test_a_sequential_says_what_follows_and_a_run_corrects_it() -> None:
-    class Tapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-
-        def forward(self, x: Tensor) -> list[Tensor]:
-            taps = []
-            for part in self.parts:
-                x = part(x)
-                taps.append(x)
-            return taps[-1:] if x.sum() > 1e9 else taps
-
-    model = randomized(Tapped())
-    assert batchnorm.fold(model).folded == {"parts.1": "into parts.0, beside it in a Sequential"}
-    result = batchnorm.fold(model, image(2))
-    assert result.folded == {}
-    assert "who called the model" in result.skipped["parts.1"]
-    assert result.max_error == 0
-    model = randomized(Undecided(nn.ReLU()))
-    assert batchnorm.fold(model).folded == {}
-    assert batchnorm.fold(model, image(2)).folded == {"norm": "into conv"}
-
-
-class Sly(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.conv(x))
-        return y if self.conv.bias is None else y + 1
-
-
-class Nosy(Sly):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)) + self.norm.eps
-
-
-def test_a_model_that_computes_something_else_is_not_returned() -> None:
-    for kind, error in ((Sly, "differ by"), (Nosy, "the folded model fails")):
-        model = randomized(kind())
-        state = copy.deepcopy(model.state_dict())
-        with pytest.raises(RuntimeError, match=error):
-            batchnorm.fold(model, image(2))
-        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-        assert model.conv.bias is None
-        assert type(model.norm) is nn.BatchNorm2d
 
 
 # --- forms of weights, inputs, outputs ---

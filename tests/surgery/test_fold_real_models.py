@@ -20,7 +20,7 @@ LAYERS = {
     "MobileNetV1": (27, 0),  # the padding is computed from int(shape), beside each convolution
     "MobileNetV2": (52, 0),
     "EfficientNet": (22, 21),
-    "LeViT": (27, 27),
+    "LeViT": (27, 26),  # its head's normalization is before a linear layer, of an input of unknown dimensions
     "MobileViT": (32, 32),
     "MobileViTV2": (25, 25),
     "SwiftFormer": (13, 13),
@@ -68,7 +68,7 @@ def test_without_inputs_what_is_left_has_its_reason(family: str) -> None:
     model, _ = built(family)
     result = batchnorm.fold(model)
     assert (len(result.folded) + len(result.skipped), len(result.folded)) == LAYERS[family]
-    assert all("cannot be traced" in reason and "example_inputs" in reason for reason in result.skipped.values())
+    assert all("example_inputs" in reason for reason in result.skipped.values())
 
 
 class Plain(nn.Module):

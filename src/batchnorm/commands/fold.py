@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.commands import checkpoints, named
 from batchnorm.files import replacing
 from batchnorm.surgery.batches import inputs
+from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.folding.fold import Folded, fold
 
 __all__ = ["run"]
@@ -48,7 +49,7 @@ def run(
         raise ValueError(f"{out} is to be a program of torch.export, which needs example inputs: say --example")
     checkpoints.check_outs([out], checkpoint, force)
     read = checkpoints.read(checkpoint, key)
-    net = named.model(model).eval()
+    net = in_mode(named.model(model), False)
     checkpoints.fit(net, read)
     given = _example(net, example, data)
     folded = fold(net, given)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from batchnorm.kernels.gate import PLAIN, alone
+
 Kernel = Literal["cpu", "aten", "reference"]
 
-_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}  # a subclass has semantics that raw memory lacks
+_PLAIN = {*PLAIN, type(None)}
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16}
 EVALUATE_FROM = 24 * 2**20  # bytes; ATen's evaluation is as fast as memory allows below (measured: kernels/README.md)
 EVALUATE_FUSED_FROM = 2**19  # elements; below, one pass by the loops takes longer to prepare than torch's two or three
@@ -89,13 +91,7 @@ def which(x: Tensor, training: bool = True, *others: Tensor | None, fused: bool 
 
 def unwatched() -> bool:
     """Whether eager mode is alone: no kernel is asked for, no transform, mode or tracer wants operations."""
-    return (
-        asked_for.get() is None
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
+    return asked_for.get() is None and torch._C._get_tracing_state() is None and alone()
 
 
 def _transformed() -> bool:
@@ -111,7 +107,7 @@ def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...], fuse
         return "not all tensors are on the CPU"
     if not x.is_cpu or x.dtype not in _DTYPES:
         return f"x is {x.dtype} on {x.device}, not float32, float64 or bfloat16 on the CPU"
-    if x.layout != torch.strided or x.is_neg():
+    if x.layout != torch.strided or x.is_neg() or x._is_zerotensor():
         return "x is not a plain strided tensor"
     if not 2 <= x.dim() <= 5:
         return f"x has {x.dim()} dimensions, not 2 to 5"

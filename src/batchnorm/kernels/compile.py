@@ -1,16 +1,15 @@
-"""Compile a loop into a C function, or take it from Numba's cache on disk."""
+"""Compile a loop into a C function, or take it from the cache on disk."""
 
 from __future__ import annotations
 
-import hashlib
 import types as python_types
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
 import torch
+from numba.core.ccallback import CFunc
 
+from batchnorm.kernels import cache
 from batchnorm.kernels.form import Form
 from batchnorm.kernels.loops import activations, columns, planes
 from batchnorm.kernels.loops.channels import finish
@@ -38,28 +37,20 @@ def _entry(slots: Any) -> None:
 def compiled(name: str, dtype: torch.dtype, form: Form) -> Any:
     """A C function around one loop.
 
-    The function is a copy of `_entry` with its own globals. Numba finds cached code by qualified name and the age of
-    this file alone, so the name carries the loop, the dtype, the form and a digest of the sources that are compiled in.
+    The function is a copy of `_entry` with its own globals. Numba finds cached code by the function's qualified name
+    and its file alone, so the name carries the loop, the dtype, the form and the build.
     """
     acc = numba.float64 if dtype == torch.float64 else numba.float32
     work = next(getattr(module, name) for module in (planes, columns) if hasattr(module, name))
     names = {"work": work, "stored": _STORED[dtype], "param": acc, "acc": acc, "form": activations.compiled(form)}
-    entry = python_types.FunctionType(_entry.__code__, {**globals(), **names}, name)
-    how = "_".join(str(part) for part in (name, *form, _digest()))
+    code = _entry.__code__.replace(co_filename=__file__)  # bytecode without its source still names where that was
+    entry = python_types.FunctionType(code, {**globals(), **names}, name)
+    build = cache.build()
+    how = "_".join(str(part) for part in (name, *form, build))
     entry.__qualname__ = f"{str(dtype).removeprefix('torch.')}_{how}"
     entry.__module__ = __name__
-    signature = numba.void(numba.intp)
-    try:
-        return numba.cfunc(signature, cache=True, error_model="numpy")(entry)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        # Neither the package's folder nor the user's cache can be written.
-        return numba.cfunc(signature, error_model="numpy")(entry)
-
-
-@cache
-def _digest() -> str:
-    here = Path(__file__).parent
-    sources = [here / "simd.py", here / "elementary.py", here / "compile.py", *sorted((here / "loops").glob("*.py"))]
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    function = CFunc(entry, ((numba.intp,), numba.void), locals={}, options={"error_model": "numpy"})
+    if build is not None:
+        cache.use_cache(function)
+    function.compile()
+    return function

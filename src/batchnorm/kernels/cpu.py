@@ -101,20 +101,20 @@ def forward(
     mean = var = batches = 0
     factor = 0.0
     if running is not None:
-        buffers, factor = running[:3], running.factor
-        mean, var, batches = [0 if t is None else t.data_ptr() for t in buffers]
+        mean, var, batches = map(_address, running[:3])
+        factor = running.factor
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
     if fused is None:
-        y, residual, bits, parameter = torch.empty_like(x), 0, 0, 0.0
+        y, residual, bits, parameter = plan.empty_like(x), 0, 0, 0.0
         weighted = sets is not None and sets.weights is not None
         kernel = plan.kernel("forward", WEIGHTED) if weighted else plan.forward
     else:
-        y = x if fused.inplace else torch.empty_like(x)
+        y = x if fused.inplace else plan.empty_like(x)
         form, residual, bits, parameter = _form(fused, sets)
         kernel = plan.kernel("forward", form)
     out = y.data_ptr()
     slots = launch.pack(
-        x.data_ptr(), 0, out, _address(weight), _address(bias), mean, var, batches, moments.data_ptr(),
+        _address(x), 0, out, _address(weight), _address(bias), mean, var, batches, moments.data_ptr(),
         coefficients, partials, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
         plan.streams and out % 64 == 0, eps, factor, plan.share, parameter,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def moments_of(x: Tensor, plan: Plan, sets: Sets) -> None:
     memory, partials, coefficients = _between_passes(plan, 3)
     form = Form(weighted=sets.weights is not None)
     slots = launch.pack(
-        x.data_ptr(), 0, 0, 0, 0, 0, 0, 0, sets.moments.data_ptr(),
+        _address(x), 0, 0, 0, 0, 0, 0, 0, sets.moments.data_ptr(),
         coefficients, partials, 0, 0, 0, 0, 0, *plan.sizes, 0, 0, 0, False, 1.0, 0.0, plan.share, 0.0,
     )  # fmt: skip
     packed = sets._replace(limits=None).packed(plan)
@@ -165,12 +165,9 @@ def backward_of_merged(
     Returns:
         Gradients of x and the residual (if wanted), and this tensor's own sums (2, C): of dz, and of dz·(x − mean).
     """
-    if dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
-        dy, strides = _readable(dy, x, plan)
-    else:
-        strides = plan.strides
-    dx = torch.empty_like(x)
-    dz = torch.empty_like(x) if residual_wanted else None
+    dy, strides = _readable(dy, x, plan)
+    dx = plan.empty_like(x)
+    dz = plan.empty_like(x) if residual_wanted else None
     memory, partials, coefficients = _between_passes(plan, 5)
     memory.zero_()  # where no position counts, the loops take no sums
     form, residual, bits, parameter = _form(fused, sets)
@@ -179,7 +176,7 @@ def backward_of_merged(
     def launch_stages(stages: int, share: float, counts: Tensor | None) -> None:
         out = dx.data_ptr(), _address(dz)
         slots = launch.pack(
-            x.data_ptr(), dy.data_ptr(), out[0], _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
+            _address(x), _address(dy), out[0], _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
             coefficients, partials, 0, 0, residual, out[1], bits, *plan.sizes, *strides,
             plan.streams and out[0] % 64 == 0 and out[1] % 64 == 0, eps, 0.0, share, parameter,
         )  # fmt: skip
@@ -208,12 +205,12 @@ def evaluate(
     sets: Sets | None = None,
 ) -> Tensor:
     """Normalize with given moments (2, C), float64; ``plan`` is a ``given_plan``; the rest as for ``forward``."""
-    y = x if fused.inplace else torch.empty_like(x)
+    y = x if fused.inplace else plan.empty_like(x)
     memory, _, coefficients = _between_passes(plan, 3)
     form, residual, bits, parameter = _form(fused, sets)
     out = y.data_ptr()
     slots = launch.pack(
-        x.data_ptr(), 0, out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
+        _address(x), 0, out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
         coefficients, 0, 0, 0, residual, 0, bits, *plan.sizes, 0, 0, 0,
         plan.streams and out % 64 == 0, eps, 0.0, 0.0, parameter,
     )  # fmt: skip
@@ -250,19 +247,18 @@ def backward(
     given_plan = plan
     if x is None:
         x = torch.empty_strided(*plan.layout, dtype=plan.dtype, device="cpu")
-    if dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
+    strides = plan.strides
+    if dy.dtype != plan.dtype or dy.stride() != plan.layout[1] or dy.is_neg():
         dy, strides = _readable(dy, x, plan)
         if plan.kind == "small" and strides[1:] != (plan.space, 1):  # a sample of dy is no row of columns
             if fused is not None and fused.bits is not None:  # which are laid out as this plan has it
                 dy, strides = torch.empty_like(x).copy_(dy), plan.strides
             else:
                 plan = planned(plan.layout, plan.dtype, ("planes", *plan[1:4]), True, 0, 1)
-    else:
-        strides = plan.strides
-    dx = torch.empty_like(x) if wanted[0] or residual_wanted else None
+    dx = plan.empty_like(x) if wanted[0] or residual_wanted else None
     grad_weight = torch.empty_like(plan.gradient) if wanted[1] else None
     grad_bias = torch.empty_like(plan.gradient) if wanted[2] else None
-    grad_residual = torch.empty_like(x) if residual_wanted else None
+    grad_residual = plan.empty_like(x) if residual_wanted else None
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 5)
     if fused is None:
         residual, bits, parameter = 0, 0, 0.0
@@ -273,7 +269,7 @@ def backward(
         kernel = plan.kernel("backward", form)
     out, dz = _address(dx), _address(grad_residual)
     slots = launch.pack(
-        x.data_ptr(), dy.data_ptr(), out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
+        _address(x), _address(dy), out, _address(weight), _address(bias), 0, 0, 0, moments.data_ptr(),
         coefficients, partials, _address(grad_weight), _address(grad_bias), residual, dz, bits, *plan.sizes, *strides,
         plan.streams and out % 64 == 0 and dz % 64 == 0, eps, 0.0, 0.0 if given else plan.share, parameter,
     )  # fmt: skip
@@ -286,7 +282,13 @@ def backward(
 
 
 def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """Where a tensor begins; 0, which says to a loop that there is none, only for None."""
+    if t is None:
+        return 0
+    address = t.data_ptr()
+    if address == 0:
+        raise RuntimeError(f"a tensor of size {tuple(t.shape)} has no memory to read or write: make one with clone()")
+    return address
 
 
 def _form(fused: Fused, sets: Sets | None, given: bool = False) -> tuple[Form, int, int, float]:
@@ -312,6 +314,7 @@ def _readable(dy: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, tuple[int, int
     """dy, or a copy laid out like x, and its strides over batch, channels and space; expanded ones stay so."""
     if dy.dtype != x.dtype:
         dy = dy.to(x.dtype)
+    dy = dy.resolve_neg()
     if dy.stride() == x.stride():
         return dy, plan.strides
     step = _step(dy) if plan.channels > 1 else None

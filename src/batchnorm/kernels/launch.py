@@ -10,6 +10,9 @@ would give it, and nothing global is configured.
   the kernels hold no GIL.
 * A child forked from a process whose OpenMP team exists has lost that team's threads; waiting for them would hang.
   Children run on one thread.
+* Kernels are compiled in a thread of their own, one after the other. A signal handler that runs a layer while the main
+  thread waits for a kernel waits for it, too, instead of entering Numba's half-done work. A fork waits until nothing is
+  being compiled: the child would find locks that nobody releases, and what they protect half changed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,16 +38,44 @@ _EVERY = -1  # stages, a bit for each: all of them
 _LAST = 8  # the one that follows the loop's own
 
 _forked = False
+_compiling = threading.RLock()
+_held: list[list[Any]] = []  # locks, of each fork that is going on
+
+
+def _before_fork() -> None:
+    locks: list[Any] = []
+    _held.append(locks)
+    for find in (lambda: _compiling, _numbas_lock, _llvms_lock):  # in the order in which a compilation takes them
+        lock = find()
+        if lock is not None:
+            lock.acquire()
+            locks.append(lock)
+
+
+def _numbas_lock() -> Any:
+    """What Numba holds while it compiles, for us or for others; None if it is not loaded."""
+    module = sys.modules.get("numba.core.compiler_lock")
+    return getattr(getattr(module, "global_compiler_lock", None), "_lock", None)
+
+
+def _llvms_lock() -> Any:
+    module = sys.modules.get("llvmlite.binding.ffi")
+    return getattr(getattr(getattr(module, "lib", None), "_lock", None), "_lock", None)
 
 
 def _after_fork() -> None:
-    global _forked, _compiling
+    for lock in reversed(_held.pop()):
+        lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _forked
     _forked = True
-    _compiling = threading.Lock()  # another thread of the parent, which is not here to release it, may hold the old one
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 class _OpenMP:
@@ -152,17 +184,34 @@ class Kernel:
                 other.result()
 
     def _compile(self) -> None:
-        from batchnorm.kernels.compile import compiled  # loads Numba, which takes a second
+        """Compile in another thread, and wait for it; a wait, unlike a compilation, can be interrupted anywhere."""
+        done = threading.Event()
+        errors: list[BaseException] = []
 
+        def work() -> None:
+            try:
+                self._load()
+            except BaseException as error:
+                errors.append(error)
+            done.set()
+
+        try:
+            threading.Thread(target=work, name="batchnorm-compile", daemon=False).start()
+        except RuntimeError:  # there can be no more threads, or Python is about to end
+            work()
+        done.wait()
+        if errors:
+            raise errors[0]
+
+    def _load(self) -> None:
         with _compiling:
             if self._function is None:
+                from batchnorm.kernels.compile import compiled  # loads Numba, which takes a second
+
                 function = compiled(*self._key)
                 self._address = function.address
                 self._call = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(function.address)
                 self._function = function  # last: it says that the others are there; and it keeps the code alive
-
-
-_compiling = threading.Lock()
 
 
 @cache

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import PIECEWISE
-from batchnorm.kernels import cpu, plans
+from batchnorm.kernels import cpu, gate, plans
 from batchnorm.kernels.choice import record
-from batchnorm.kernels.operators import Extras
+from batchnorm.kernels.operators import Extras, again
 
 
 class Merging(NamedTuple):
@@ -72,32 +72,36 @@ class _Merged(torch.autograd.Function):
         bits = plan.bits() if piecewise and residual is not None else None
         fused = cpu.Fused(activation, residual, bits)
         y = cpu.evaluate(x, plan, moments, weight, bias, eps, fused, sets) if x.numel() > 0 else torch.empty_like(x)
-        ctx.save_for_backward(x, weight, bias, moments, bits, residual if activation and bits is None else None)
-        ctx.rest = plan, eps, activation, sets, merging, count
+        from_z = activation is not None and bits is None
+        ctx.save_for_backward(x, weight, bias if from_z else None, residual if from_z else None, bits)
+        ctx.rest = plan, moments, eps, activation, sets, merging, count
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, moments, bits, residual = ctx.saved_tensors
-        plan, eps, activation, sets, merging, count = ctx.rest
-        if torch.is_grad_enabled():
+        x, weight, bias, residual, bits = ctx.saved_tensors
+        plan, moments, eps, activation, sets, merging, count = ctx.rest
+        empty = dy.numel() == 0
+        if torch.is_grad_enabled() or not (gate.readable(dy) or empty):
             raise RuntimeError(
-                "batch_norm over several processes cannot be differentiated twice by the loops: insist on plain "
-                'PyTorch in the forward, with batchnorm.kernels.using("reference")'
+                "batch_norm over several processes cannot be differentiated twice by the loops, nor for many gradients "
+                'at once: insist on plain PyTorch in the forward, with batchnorm.kernels.using("reference")'
             )
         record.backward = "cpu"
         needs = ctx.needs_input_grad
-        fused = cpu.Fused(activation, residual, bits)
+        weight, bias = gate.parameter("weight", weight, plan), gate.parameter("bias", bias, plan)
         own = torch.zeros(2, plan.channels, dtype=torch.float64, device="cpu")
         dx = dz = None
-        if x.numel() > 0:
+        if not empty:
+            x = gate.like_x("input", x, plan)
+            fused = again(plan, activation, residual, bits, inplace=False)
             dx, dz, own = cpu.backward_of_merged(
                 dy, x, plan, weight, bias, moments, eps, fused, needs[4], sets,
                 lambda sums: (merging.backward(sums), count),
             )  # fmt: skip
         else:  # the others wait for this process
             merging.backward(own)
-            dx, dz = torch.zeros_like(x), torch.zeros_like(x)
+            dx, dz = torch.zeros_like(dy), torch.zeros_like(dy)
         total, product = own
         inverse = (moments[1] + eps).rsqrt()
         grad_weight = product * inverse

@@ -41,7 +41,7 @@ def compare(
         raise ValueError(f"the arms need different names, both are {names[0]!r}")
     data = data if data is not None else digits()
     settings = settings if settings is not None else Settings()
-    total = len(arms) * settings.seeds * (len(settings.rates) + 1)
+    total = len(arms) * (settings.sweep_seeds * len(settings.rates) + settings.seeds)
     runs: list[Run] = []
 
     def work(stage: Stage, rates: Mapping[str, Sequence[float]], seeds: range) -> None:
@@ -51,9 +51,9 @@ def compare(
             if progress is not None:
                 progress(len(runs), total)
 
-    work("sweep", {arm.name: settings.rates for arm in arms}, range(settings.seeds))
+    work("sweep", {arm.name: settings.rates for arm in arms}, range(settings.sweep_seeds))
     best = {arm.name: [best_rate([run for run in runs if run.arm == arm.name])] for arm in arms}
-    work("final", best, range(settings.seeds, 2 * settings.seeds))
+    work("final", best, range(settings.sweep_seeds, settings.sweep_seeds + settings.seeds))
     return Comparison(data.name, data.classes, names, settings, environment(), tuple(runs))
 
 

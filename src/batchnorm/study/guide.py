@@ -19,7 +19,7 @@ from batchnorm.files import around, write_texts
 from batchnorm.pages import INK, MUTED
 from batchnorm.study.normalizers import GHOST, GROUP
 from batchnorm.study.small_batches import SYNC, Cell, Study
-from batchnorm.study.verdict import Interval
+from batchnorm.study.verdict import Paired
 
 NETWORKS = {
     "digits": "a perceptron, in which a channel has one value a sample",
@@ -135,10 +135,10 @@ def _accuracy(cell: Cell) -> str:
 
 def _against(cell: Cell) -> str | None:
     found = cell.against_batch_norm
-    return None if found == Interval(0, 0, 0) else f"{_points(found.estimate)} ({_span(found)})"
+    return None if found.estimate == found.low == found.high == 0 else f"{_points(found.estimate)} ({_span(found)})"
 
 
-def _span(interval: Interval) -> str:
+def _span(interval: Paired) -> str:
     return f"{_points(interval.low)} to {_points(interval.high)}"
 
 

@@ -67,7 +67,9 @@ def rates(figure: Figure, comparison: Comparison) -> None:
     _label_ends(axes, labels)
     counts.set(ylim=(1.6, -0.6), yticks=[], xlabel="learning rate (log scale)")
     counts.spines["left"].set_visible(False)
-    counts.text(1.02, 0.5, f"failed runs\nof {comparison.settings.seeds}", transform=counts.transAxes, va="center")
+    counts.text(
+        1.02, 0.5, f"failed runs\nof {comparison.settings.sweep_seeds}", transform=counts.transAxes, va="center"
+    )
     _rate_axis(counts, comparison)
 
 

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from batchnorm import pages
 from batchnorm.study import plots
 from batchnorm.study.results import Comparison, mean_accuracy, mean_batch_accuracy
-from batchnorm.study.verdict import bootstrap, judge, points
+from batchnorm.study.verdict import judge, paired, points
 
 
 def render(comparison: Comparison) -> str:
@@ -49,4 +49,4 @@ def running_against_batch(comparison: Comparison) -> str | None:
     """Say what the second arm's accuracy gains or loses by running statistics; `None` if it has none."""
     runs = comparison.final(comparison.arms[1])
     pairs = [(run.accuracy, run.batch_accuracy) for run in runs if run.batch_accuracy is not None]
-    return points(bootstrap([running - batch for running, batch in pairs])) if pairs else None
+    return points(paired([running - batch for running, batch in pairs])) if pairs else None

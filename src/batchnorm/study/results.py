@@ -11,7 +11,7 @@ from typing import Any, Literal
 from batchnorm.files import write_texts
 
 SCHEMA = "batchnorm.compare"
-VERSION = 1
+VERSION = 2
 
 Stage = Literal["sweep", "final"]
 Outcome = Literal["learned", "stuck", "diverged"]
@@ -23,7 +23,8 @@ class Settings:
 
     Attributes:
         rates: Learning rates of the sweep, rising; each is where a run's training starts.
-        seeds: Runs for each arm and rate, and again for each arm at its best rate.
+        sweep_seeds: Runs for each arm and rate of the sweep, which chooses each arm's rate.
+        seeds: Runs for each arm at its best rate, on other seeds; the verdict is about these.
         steps: Training steps of a run.
         batch: Images in a step.
         momentum: Of SGD.
@@ -32,7 +33,8 @@ class Settings:
     """
 
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    seeds: int = 5
+    sweep_seeds: int = 5
+    seeds: int = 8
     steps: int = 250
     batch: int = 32
     momentum: float = 0.9
@@ -42,12 +44,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.rates or list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
             raise ValueError(f"rates must be positive and rising, got {self.rates}")
-        for name in ("seeds", "steps", "batch", "every"):
+        for name in ("sweep_seeds", "seeds", "steps", "batch", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-QUICK = Settings(rates=(0.01, 0.1, 1.0), seeds=2, steps=30)
+QUICK = Settings(rates=(0.01, 0.1, 1.0), sweep_seeds=2, seeds=2, steps=30)
 
 
 @dataclass(frozen=True)

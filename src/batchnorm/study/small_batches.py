@@ -16,7 +16,7 @@ from batchnorm.study.compare import MOST_PROCESSES, environment, in_parallel
 from batchnorm.study.data import Data
 from batchnorm.study.normalizers import GHOST, NORMS, SmallRun, run
 from batchnorm.study.results import Stage
-from batchnorm.study.verdict import Interval, bootstrap
+from batchnorm.study.verdict import Paired, paired
 
 SCHEMA = "batchnorm.choose"
 VERSION = 1
@@ -78,7 +78,7 @@ class Cell:
     highest: float
     recalibrated: float | None
     batch_accuracy: float | None
-    against_batch_norm: Interval
+    against_batch_norm: Paired
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Study:
             highest=max(accuracies),
             recalibrated=_mean(run.recalibrated for run in final),
             batch_accuracy=_mean(run.batch_accuracy for run in final),
-            against_batch_norm=bootstrap([a.accuracy - b.accuracy for a, b in zip(final, baseline, strict=True)]),
+            against_batch_norm=paired([a.accuracy - b.accuracy for a, b in zip(final, baseline, strict=True)]),
         )
 
     def _runs(self, point: Point, stage: Stage) -> list[SmallRun]:

@@ -50,7 +50,7 @@ def table(comparison: Comparison) -> Table:
         "  with batch statistics": lambda arm: percent(arm.batch_accuracy),
         f"steps to {target}, median": lambda arm: steps(arm.steps_to_target, settings.steps),
         f"rates that reach {target}": lambda arm: ", ".join(f"{rate:g}" for rate in arm.usable_rates) or "none",
-        "failed runs of the sweep": lambda arm: f"{arm.failed} of {len(settings.rates) * settings.seeds}",
+        "failed runs of the sweep": lambda arm: f"{arm.failed} of {len(settings.rates) * settings.sweep_seeds}",
         "time a step, median": lambda arm: f"{1000 * arm.seconds_per_step:.1f} ms",
     }
     for heading, value in rows.items():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from batchnorm.statistics import Policy, check_policy, own
-from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_batch_norm, is_frozen, obstacle
+from batchnorm.surgery.adopt import adopted_activation, give_back, obstacle, take_over
+from batchnorm.surgery.find import FROZEN, TORCHS, is_batch_norm, is_frozen
 from batchnorm.surgery.fusing.rewrite import Absorbed
 from batchnorm.surgery.fusing.undo import undo
 
@@ -41,7 +42,11 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
 
     The objects stay the same and only change their class, so that parameters, optimizers, buffers, hooks, flags,
     attributes and sharing stay as they are. Running statistics in half precision become float32, with the same values.
-    Subclasses, ``SyncBatchNorm`` and layers of other packages are left.
+
+    Subclasses of other packages, such as timm's ``BatchNormAct2d``, are read by what their forwards do: normalization,
+    and perhaps an activation that is known here. They become subclasses of ours and of their own class, with its
+    other methods and attributes; plain Python values that a forward reads are what they were when this function ran.
+    What else a subclass may do, ``SyncBatchNorm`` and layers that are not torch.nn's are left.
 
     Args:
         model: any module; it may be a batch normalization layer itself.
@@ -70,23 +75,22 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
             take_over(module)
         if statistics is not None:
             module.statistics = own(statistics, name)
-        converted[name] = type(module).__name__ + ("" if statistics is None else f", {statistics}")
+        activation = adopted_activation(module)
+        told = (type(module).__name__, activation and f"with {activation.name}", statistics)
+        converted[name] = ", ".join(str(each) for each in told if each is not None)
     return Converted(converted, skipped)
-
-
-def take_over(layer: nn.Module) -> None:
-    """Make one of torch.nn's layers ours."""
-    layer.__class__ = OURS[type(layer)]
-    layer._apply(lambda t: t)  # which is where ours widens half-precision statistics
 
 
 def revert(model: nn.Module) -> Converted:
     """Make every layer of ours in a model ``torch.nn``'s again, in place; the opposite of ``convert`` and of ``fuse``.
 
-    Fused activations and forwards go back to the modules that had them. A model of which nothing was left can be
-    pickled and loaded without this package. torch.nn runs half-precision parameters only with statistics of their
-    dtype: such statistics are rounded to it. ``inplace``, which changes memory and not results, is dropped, and so are
-    policies, which torch.nn does not have.
+    Fused activations and forwards go back to the modules that had them, also where another package has put its own
+    layers into a fused model. A model of which nothing was left can be pickled and loaded without this package. Call it
+    before tools that know torch.nn's classes by their exact type: ``torch.ao.quantization`` ("did not find fuser
+    method"), Opacus' validator, ``type(m) is nn.BatchNorm2d``.
+
+    torch.nn runs half-precision parameters only with statistics of their dtype: such statistics are rounded to it.
+    ``inplace``, which changes memory and not results, is dropped, and so are policies, which torch.nn does not have.
 
     Args:
         model: any module; it may be a layer of ours itself.
@@ -116,7 +120,7 @@ def _nothing_like(module: Any) -> str | None:
     if isinstance(module, Absorbed):
         return "it stands for an activation of a layer outside: revert the whole model"
     if type(module) in TORCHS:
-        return None if module.activation is None else _has_activation(module)
+        return None if module.activation == adopted_activation(module) else _has_activation(module)
     if isinstance(module, tuple(TORCHS)):
         kind = type(module).__name__
         return FROZEN if is_frozen(module) else f"{kind} is a subclass, which may compute something else"
@@ -133,9 +137,7 @@ def _has_activation(layer: Any) -> str:
 
 def _give_back(layer: Any) -> None:
     layer.statistics = None
-    layer.__class__ = TORCHS[type(layer)]
-    for ours in ("activation", "inplace", "_statistics"):
-        vars(layer).pop(ours, None)
+    give_back(layer)
     if layer.weight is None or layer.weight.dtype not in (torch.float16, torch.bfloat16):
         return
     dtype = layer.weight.dtype

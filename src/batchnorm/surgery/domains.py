@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.domains import DomainBatchNorm
+from batchnorm.surgery.adopt import obstacle, settle
 from batchnorm.surgery.convert import Converted
-from batchnorm.surgery.find import is_batch_norm, obstacle
+from batchnorm.surgery.find import is_batch_norm, settle_lazy
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
 
 __all__ = ["add_domain", "split_domains"]
@@ -45,6 +46,7 @@ def split_domains(model: nn.Module, domains: Iterable[str | int], *, shared_affi
     DomainBatchNorm(1, domains)  # which looks at the names
     if any(isinstance(module, (Absorbed, Rewritten)) for module in model.modules()):
         raise ValueError("the model is fused, which is done for one layer at each place: batchnorm.revert(model) first")
+    settle_lazy(model)
     whole = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
     parts = {part for module in whole for part in module.children()}
     converted, skipped = {}, {}
@@ -102,6 +104,7 @@ def _obstacle(layer: Any) -> str | None:
 
 
 def _split(layer: nn.Module, domains: list[str | int], shared_affine: bool) -> None:
+    settle(layer)
     made = vars(DomainBatchNorm.from_layer(layer, domains, shared_affine=shared_affine))
     for key, value in vars(layer).items():
         if "hook" in key and isinstance(value, dict):  # the handles, by which hooks are removed, know these very dicts

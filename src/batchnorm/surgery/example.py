@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
 from batchnorm.surgery.find import shadow
-from batchnorm.surgery.fusing.patterns import Form, has_additions
 
-__all__ = ["Calls", "calls_of", "forms_of", "forward", "seeded"]
+__all__ = ["Arguments", "Calls", "calls_of", "forward", "in_mode", "seeded"]
 
-Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_Module = TypeVar("_Module", bound=nn.Module)
+_Inputs = TypeVar("_Inputs")
+
+
+class Calls(dict[nn.Module, list[Arguments]]):
+    """With what every module is called.
+
+    Attributes:
+        writing: the modules that write into lists or dicts that they are given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing: set[nn.Module] = set()
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -28,12 +42,25 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
+def in_mode(model: _Module, training: bool) -> _Module:
+    """Put a model into training or evaluation, and give it back, which some people's own ``train`` does not."""
+    if training:
+        model.train()
+    else:
+        model.eval()
+    return model
+
+
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
-    """The same random numbers every time, and afterwards the generators as they were."""
+    """The same random numbers every time, and afterwards the generators as they were; without warnings.
+
+    They will come when the model is run for its own sake.
+    """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
@@ -47,46 +74,27 @@ def seeded(model: nn.Module) -> Iterator[None]:
 def calls_of(model: nn.Module, inputs: Any) -> Calls:
     """Run a copy of the model once, in evaluation, and note with what every module is called."""
     twin, original = shadow(model)
-    calls: Calls = {}
+    calls = Calls()
+    running: list[Arguments] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(original[module], []).append((args, kwargs))
+        running.append(_with_own_containers((args, kwargs)))
+        calls.setdefault(original[module], []).append(running[-1])
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if [*map(id, tree_leaves((args, kwargs)))] != [*map(id, tree_leaves(running.pop()))]:
+            calls.writing.add(original[module])
 
     for module in twin.modules():
-        if module._modules:
+        if module._modules and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             module.register_forward_pre_hook(note, with_kwargs=True)
+            module.register_forward_hook(compare, with_kwargs=True)
     with seeded(model), torch.no_grad(), using("aten"):
-        forward(twin.eval(), inputs)
+        forward(in_mode(twin, False), _with_own_containers(inputs))
     return calls
 
 
-class _Forms(fx.Interpreter):
-    """Notes the shape and dtype of every node's value."""
-
-    def __init__(self, module: fx.GraphModule, found: dict[fx.Node, set[Form]]) -> None:
-        super().__init__(module)
-        self._found = found
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self._found.setdefault(n, set()).add(Form(value.shape, value.dtype))
-        return value
-
-
-def forms_of(
-    module: nn.Module, graph: fx.Graph, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> dict[fx.Node, set[Form]]:
-    """The shapes and dtypes that the values of a module's graph have in those calls."""
-    found: dict[fx.Node, set[Form]] = {}
-    if not has_additions(graph):
-        return found
-    twin, _ = shadow(module)
-    for part in twin.modules():
-        part.training = False
-    runnable = fx.GraphModule(twin, graph)
-    with seeded(module), torch.no_grad(), using("aten"):
-        for args, kwargs in calls:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            _Forms(runnable, found).run(*bound.args)
-    return found
+def _with_own_containers(inputs: _Inputs) -> _Inputs:
+    """The same tensors in copies of their lists and dicts, into which a forward may write."""
+    copied: _Inputs = tree_map(lambda value: value, inputs)
+    return copied

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
+from batchnorm.surgery.tensors import copied
 
 __all__ = [
-    "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "names_of", "obstacle",
-    "shadow",
+    "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "is_known", "names_of",
+    "settle_lazy", "shadow",
 ]  # fmt: skip
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
 OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
+# Back again; with what `adopt` makes ours of other packages' classes, as it makes them.
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
 
 FROZEN = "it is frozen: call batchnorm.unfreeze(model) before"
@@ -25,14 +28,37 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is, or says that it is, batch normalization of any make."""
+    """Whether a module is batch normalization of any make, by its class, its own running statistics or its name."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return isinstance(module, nn.modules.batchnorm._BatchNorm)  # rather than instance normalization
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
-    return named or isinstance(module, nn.modules.batchnorm._BatchNorm)
+    computes = type(module).forward is not nn.Module.forward  # rather than only hold a graph's tensors
+    return named or (computes and {"running_mean", "running_var"} <= module._buffers.keys())
+
+
+def is_known(kind: type[nn.Module]) -> bool:
+    """Whether layers of this very class are ours or torch.nn's, whose forwards are known."""
+    return kind in OURS or kind in TORCHS or kind is nn.SyncBatchNorm
 
 
 def is_frozen(module: Any) -> bool:
     """Whether ``batchnorm.freeze`` holds a layer at its running statistics."""
     return "_frozen" in vars(module)
+
+
+def settle_lazy(model: nn.Module) -> None:
+    """Make lazy layers whose state was loaded what their first input would make of them, in place.
+
+    Such a layer has all its tensors, but it says 0 channels, and its class changes in its next call.
+    """
+    for layer in model.modules():
+        kind: Any = layer
+        if not is_batch_norm(layer) or any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+            continue
+        if isinstance(layer, LazyModuleMixin):
+            kind._infer_parameters(layer, (torch.empty(1, layers.channels_of(layer), device="meta"),))
+        if getattr(layer, "num_features", None) == 0:
+            kind.num_features = layers.channels_of(layer)
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -41,26 +67,6 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         found.setdefault(module, []).append(name)
     return found
-
-
-def obstacle(layer: Any) -> str | None:
-    """Why a batch normalization layer cannot become ours; None if it can, or is."""
-    if is_frozen(layer):
-        return FROZEN
-    kind = type(layer)
-    if kind not in OURS and kind not in TORCHS:
-        if kind is nn.SyncBatchNorm:
-            return "SyncBatchNorm: its statistics are over all processes"
-        if issubclass(kind, tuple(OURS)):
-            return f"{kind.__name__} is a subclass, which may compute something else"
-        return f"{kind.__name__} is not torch.nn's batch normalization"
-    if "forward" in vars(layer):
-        return "its forward has been replaced"
-    if layer.momentum is not None and not 0 <= layer.momentum <= 1:
-        return f"momentum {layer.momentum:g} is not between 0 and 1"
-    if layer.eps <= 0:
-        return f"eps {layer.eps:g} is not above 0"
-    return None
 
 
 def hooks_of(module: nn.Module) -> bool:
@@ -80,5 +86,5 @@ def shadow(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     Returns:
         The copy, and for each of its parts the original part.
     """
-    twin = copy.deepcopy(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
+    twin = copied(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
     return twin, dict(zip(twin.modules(), module.modules(), strict=True))

@@ -14,14 +14,13 @@ from torch.nn.parameter import is_lazy
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen
+from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
 from batchnorm.surgery.restoring import Restoring
+from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
 
 _NARROW = (torch.float16, torch.bfloat16)
-# Those whose evaluation is known to be the formula and nothing else.
-_KNOWN = {*OURS, *TORCHS, nn.SyncBatchNorm}
 # The subclasses that frozen layers are instances of, by the class that they were.
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -63,10 +62,16 @@ class _Before:
     learned: set[str]
 
 
-class _Held(nn.Module):
+class _Held(Guarded, nn.Module):
     """Mixed into the class of a frozen layer: it stays in evaluation mode, whatever its model is told."""
 
     _frozen: _Before
+
+    def _obstacle_to_takeover(self, by: str) -> str:
+        return (
+            "which would not be frozen any more: call batchnorm.unfreeze before, and batchnorm.freeze afterwards, "
+            "which holds SyncBatchNorm too"
+        )
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Remember the mode for ``unfreeze``; children, such as a dropout inside, follow it."""
@@ -165,7 +170,7 @@ def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make(kind: type[nn.Module]) -> type[nn.Module]:
-    how = _Lean if kind in _KNOWN else _Held
+    how = _Lean if is_known(kind) else _Held
     return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
@@ -197,6 +202,7 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         >>> model.train()  # the backbone's batch normalization stays in evaluation
         >>> batchnorm.unfreeze(model)
     """
+    settle_lazy(model)
     frozen, skipped = {}, {}
     for name, layer in model.named_modules():
         if not is_batch_norm(layer):
@@ -242,7 +248,7 @@ def _fix(layer: Any) -> None:
 def _told(layer: Any) -> str:
     kind: type[nn.Module] = layer._frozen.kind
     names = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.requires_grad]
-    said = kind.__name__ if kind in _KNOWN else f"{kind.__name__}, kept in evaluation mode"
+    said = kind.__name__ if is_known(kind) else f"{kind.__name__}, kept in evaluation mode"
     return f"{said}; {' and '.join(names)} may learn" if names else said
 
 
@@ -313,7 +319,7 @@ class frozen_statistics(Restoring):  # noqa: N801 - it is used like a function
         flagged = [layer for layer in layers.values() if hasattr(layer, "track_running_stats")]
         self._tracked = [(layer, layer.track_running_stats) for layer in flagged]
         # Others may not look at that flag. They get copies of their buffers to play with.
-        self._buffers = [(layer, dict(layer._buffers)) for layer in layers.values() if type(layer) not in _KNOWN]
+        self._buffers = [(layer, dict(layer._buffers)) for layer in layers.values() if not is_known(type(layer))]
 
     def change(self) -> None:
         """Let none of them."""

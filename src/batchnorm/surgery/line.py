@@ -7,23 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.layers import channels_of
+
 __all__ = [
-    "LINEAR_MAPS", "TRANSPOSED", "along_inputs", "along_outputs", "bias_behind", "channels_of", "constant_through",
-    "is_linear_map", "line", "line_of", "wide",
+    "CONVOLUTIONS", "LINEAR_MAPS", "TRANSPOSED", "along_inputs", "along_outputs", "bias_behind",
+    "constant_through", "inputs_of", "is_linear_map", "is_plain", "line", "line_of", "outputs_of", "wide",
 ]  # fmt: skip
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LINEAR_MAPS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+LINEAR_MAPS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 
 
 def is_linear_map(module: nn.Module) -> bool:
-    """Whether a module is torch.nn's convolution or linear layer, or a subclass that computes the same."""
+    """Whether a module is torch.nn's convolution or linear layer, or a subclass that may compute such a map.
+
+    A subclass with a forward of its own (padding of its own, say) has to be tried: see ``acts_as_map``.
+    """
     kind = type(module)
-    base = next((base for base in LINEAR_MAPS if isinstance(module, base)), None)
-    if base is None or kind is base:
-        return base is not None
-    same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
-    return same and not kind.__module__.startswith("torch.")  # torch's own are lazy, quantized or parametrized
+    if kind in LINEAR_MAPS:
+        return True
+    torchs_own = kind.__module__.startswith("torch.")  # lazy, quantized or parametrized
+    return isinstance(module, LINEAR_MAPS) and not torchs_own and not module._modules
+
+
+def outputs_of(module: Any) -> int:
+    """How many channels a convolution or linear layer gives."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+def inputs_of(module: Any) -> int:
+    """How many channels a convolution or linear layer takes."""
+    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a convolution or linear layer computes what torch.nn's does."""
+    kind = type(module)
+    base = next(base for base in LINEAR_MAPS if isinstance(module, base))
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
 def line(
@@ -55,11 +77,6 @@ def line(
 def line_of(layer: Any) -> tuple[Tensor, Tensor]:
     """Give the scale and the shift of a batch normalization layer of any make; see ``line``."""
     return line(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps, channels_of(layer))
-
-
-def channels_of(layer: Any) -> int:
-    """How many channels a batch normalization layer has; torchvision's frozen one does not say."""
-    return int(layer.num_features if hasattr(layer, "num_features") else layer.running_mean.numel())
 
 
 def along_outputs(weight: Tensor, scale: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from batchnorm.activations import Activation, applied
+from batchnorm.activations import applied
+from batchnorm.epilogue import WithEpilogue, recorded
 
-__all__ = ["GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm"]
-
-if TYPE_CHECKING:
-    _Base = nn.Module  # what it is mixed into
-else:
-    _Base = object
+__all__ = ["GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm", "Zero"]
 
 
-class _Following(_Base):
+class _Following(WithEpilogue):
     """What our batch normalization does behind the normalization: adding a residual, applying an activation."""
-
-    activation: Activation | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize ``(N, C, *space)``, add the residual, apply the activation."""
         if isinstance(input, Proxy):  # torch.fx: a leaf, as torch.nn's layers are
-            tracer: Any = input.tracer
-            given = (input,) if residual is None else (input, residual)
-            leaf: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
+            leaf: Tensor = recorded(self, input, residual, None, self.activation)
             return leaf
         y: Tensor = super().forward(input)
         return applied(self.activation, y if residual is None else y + residual)
@@ -88,3 +78,11 @@ class RMSNorm(_Following, _ChannelRMSNorm):
 
 class Identity(_Following, nn.Identity):
     """Nothing but the residual and the activation."""
+
+
+class Zero(nn.Module):
+    """Gives 0, to be added to something, where a layer was whose work is done beside it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Give one number, of the input's dtype."""
+        return input.new_zeros(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,28 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
-from batchnorm.surgery.convert import take_over
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, obstacle
+from batchnorm.surgery.adopt import obstacle, settle, take_over
+from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
+from batchnorm.surgery.folding.handover import handed_over, share_of
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
-from batchnorm.surgery.line import TRANSPOSED, along_outputs, bias_behind, line_of
-from batchnorm.surgery.sources import Source, sources
+from batchnorm.surgery.sources import Search, Source
+from batchnorm.surgery.watched import missed
 
 __all__ = ["Replaced", "replace"]
 
 _WAYS = ("group", "layer", "instance", "rms")
 _USUAL_GROUPS = 32
 _FEWEST = 4  # values to normalize with each other: of two, nothing but their order would be left
+# Which attributes of a layer there still are afterwards, with the same meaning.
+_KEPT: dict[str | None, tuple[str, ...]] = {
+    "group": ("weight", "bias", "eps"),
+    "layer": ("weight", "bias", "eps"),
+    "rms": ("weight", "eps"),
+}
+_KEPT["instance"] = ("num_features", *_KEPT["group"])
 _OWN = (
     "num_features", "eps", "momentum", "affine", "track_running_stats",
     "process_group", "inplace",
@@ -93,6 +103,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         raise ValueError(f"unknown normalization {by!r}: choose from {', '.join(_WAYS)}, None, or give a policy")
     if by is not None and not isinstance(by, (str, Policy)):
         raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
+    settle_lazy(model)
     layers, skipped = {}, {}
     fused = _fused(model)
     for name, layer in model.named_modules():
@@ -102,15 +113,23 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
                 layers[name] = layer
             else:
                 skipped[name] = reason
+    if isinstance(by, Policy):
+        return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
+    search = Search(model, example_inputs) if layers else None
+    for name, layer in list(layers.items()):
+        reason = None if search is None else missed(search.asked.get(layer, ()), _KEPT.get(by, ()))
+        if reason is not None:
+            skipped[name] = reason
+            del layers[name]
     if by is None:
-        replaced, new = _removed(model, layers, example_inputs)
+        replaced, new = _removed(layers, search)
         return Replaced(model, replaced, skipped, new)
     return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
 
 
 def _fused(model: nn.Module) -> set[nn.Module]:
     """The layers that ``fuse`` has given more to do."""
-    found = {module.layer[0] for module in model.modules() if isinstance(module, Absorbed)}
+    found = {m.layer for m in model.modules() if isinstance(m, Absorbed) and m.layer is not None}
     for module in model.modules():
         if isinstance(module, Rewritten):
             found |= {module.get_submodule(name) for name in module._layers}
@@ -120,20 +139,21 @@ def _fused(model: nn.Module) -> set[nn.Module]:
 def _obstacle(layer: Any, by: str | Policy | None, fused: bool) -> str | None:
     if isinstance(by, Policy) and type(layer) in TORCHS:
         return None
-    if isinstance(by, Policy) or is_frozen(layer) or type(layer) not in {*OURS, *TORCHS, nn.SyncBatchNorm}:
+    if isinstance(by, Policy):
         return obstacle(layer)
+    reason = obstacle(layer) if is_frozen(layer) or not is_known(type(layer)) else None
+    if reason is not None:
+        return reason
     if "forward" in vars(layer):
         return "its forward has been replaced"
     if fused:
         return "it is fused: call batchnorm.revert(model) before"
     if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
         return "it has seen no input, and does not know its channels: run the model once"
-    few = layer.num_features < _FEWEST
+    channels = channels_of(layer)
+    few = channels < _FEWEST
     if few and (by == "rms" or (by in ("group", "layer") and _flat(layer))):
-        return (
-            f"normalizing {layer.num_features} {'value' if layer.num_features == 1 else 'values'} of a sample would "
-            "leave little of them"
-        )
+        return f"normalizing {channels} {'value' if channels == 1 else 'values'} of a sample would leave little of them"
     if by == "instance" and isinstance(layer, nn.SyncBatchNorm):
         return "SyncBatchNorm takes input of any dimensions, and InstanceNorm of one: replace it by 'group'"
     return None
@@ -147,11 +167,12 @@ def _flat(layer: nn.Module) -> bool:
 def _changed(name: str, layer: Any, by: str | Policy) -> str:
     """Make one layer something else, and say what."""
     if isinstance(by, Policy):
-        if type(layer) in OURS:
+        if type(layer) not in TORCHS:
             take_over(layer)
         layer.statistics = own(by, name)
         return f"{type(layer).__name__} with {by!r}"
-    ours, channels = type(layer) in TORCHS, layer.num_features
+    _settle(layer)
+    ours, channels = type(layer) in TORCHS, channels_of(layer)
     common: dict[str, Any] = {"eps": layer.eps, "device": "meta"}
     affine = layer.weight is not None
     if by == "rms":
@@ -168,9 +189,15 @@ def _changed(name: str, layer: Any, by: str | Policy) -> str:
     return f"GroupNorm({groups}, {channels}): {why}"
 
 
+def _settle(layer: nn.Module) -> None:
+    """Make another package's class plainly ours, which has the activation of that class."""
+    if type(layer) not in OURS and type(layer) is not nn.SyncBatchNorm:
+        settle(layer)
+
+
 def _groups(layer: Any) -> tuple[int, str]:
     """In how many groups to normalize, and why."""
-    channels = layer.num_features
+    channels = channels_of(layer)
     size = channels // _USUAL_GROUPS
     if channels % _USUAL_GROUPS == 0 and size >= (_FEWEST if _flat(layer) else 2):
         return _USUAL_GROUPS, f"the usual number of groups, {size} channels each"
@@ -201,42 +228,53 @@ def _become(layer: Any, made: nn.Module) -> None:
 # --- none ---
 
 
-def _removed(model: nn.Module, layers: dict[str, Any], inputs: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+def _removed(layers: dict[str, Any], search: Search | None) -> tuple[dict[str, str], tuple[str, ...]]:
     """Remove layers; what has been done about each, and the names of new biases."""
-    found = sources(model, layers.values(), inputs)
-    done, new = {}, []
+    found = {} if search is None else {name: search.of(layer) for name, layer in layers.items()}
+    done: dict[str, str] = {}
+    new: list[str] = []
     for name, layer in layers.items():
-        source = found[layer]
-        if isinstance(source, str):
-            done[name] = f"removed, and with it its scale, shift and statistics: {source}"
+        sources = found[name]
+        if isinstance(sources, str):
+            done[name] = f"removed, and with it its scale, shift and statistics: {sources}"
         else:
-            before: Any = source.module
-            if before.bias is None:
-                new.append(f"{source.name}.bias")
-            done[name] = _handed_over(layer, source)
+            new += [f"{source.name}.bias" for source in sources if source.module.bias is None]
+            done[name] = _given_away(layer, sources)
+        _settle(layer)
         _become(layer, norms.Identity() if type(layer) in TORCHS else nn.Identity())
     return done, tuple(new)
 
 
-def _handed_over(layer: Any, source: Source) -> str:
-    """Let the module before do what a layer did in evaluation."""
+def _given_away(layer: Any, sources: Sequence[Source]) -> str:
+    """Let the modules before do what a layer did in evaluation."""
+    if not sources[0].certain:
+        return _guessed(layer, sources[0])
+    fresh = [source.name for source in sources if source.module.bias is None]
+    for source in sources:
+        module: Any = source.module
+        weight, bias = handed_over(module, module.weight, module.bias, share_of(layer, source.channels), before=True)
+        assert bias is not None
+        with torch.no_grad():
+            module.weight.copy_(weight)
+            if module.bias is None:
+                module.bias = nn.Parameter(bias.to(module.weight), requires_grad=module.weight.requires_grad)
+            else:
+                module.bias.copy_(bias)
+    does = "does" if len(sources) == 1 else "do"
+    said = f"removed; {' and '.join(source.name for source in sources)} {does} now what it did in evaluation"
+    return said + (f", and {'has' if len(fresh) == 1 else 'have'} a bias now" if fresh else "")
+
+
+def _guessed(layer: Any, source: Source) -> str:
+    """Let a module that is registered before a layer at least have a bias."""
     before: Any = source.module
     fresh = before.bias is None
-    bias = before.weight.new_zeros(layer.num_features) if fresh else before.bias
-    with torch.no_grad():
-        if source.certain:
-            scale, shift = line_of(layer)
-            groups = getattr(before, "groups", 1)
-            before.weight.copy_(along_outputs(before.weight, scale, groups, isinstance(before, TRANSPOSED)))
-            bias.copy_(bias_behind(bias, scale, shift))
-        elif fresh and layer.bias is not None:
-            bias.copy_(layer.bias)
     if fresh:
+        bias = before.weight.new_zeros(channels_of(layer))
+        if layer.bias is not None:
+            bias.copy_(layer.bias.detach())
         before.bias = nn.Parameter(bias, requires_grad=before.weight.requires_grad)
-    if source.certain:
-        return f"removed; {source.name} does now what it did in evaluation" + (", and has a bias now" if fresh else "")
-    gets = "has a bias now" if fresh else "has a bias already"
     return (
-        f"removed, and with it its scale and statistics; {source.name}, registered before it, {gets} "
-        "(example_inputs would show whether it can take them over)"
+        f"removed, and with it its scale and statistics; {source.name}, registered before it, has a bias "
+        f"{'now' if fresh else 'already'} (example_inputs would show whether it can take them over)"
     )

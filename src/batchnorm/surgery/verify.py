@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, seeded
+from batchnorm.surgery.example import forward, in_mode, seeded
+from batchnorm.surgery.tensors import copied, tensors_in
 
 __all__ = ["Errors", "check", "evaluated", "largest_difference"]
 
-_MAGNIFIED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+_LIMIT = 1e-5  # of a tensor's size; more is not rounding, in float64 and mostly in float32
+_ULPS = 10  # how many times the effect of the last bit of all weights may be rounding
 
 
 class Errors(NamedTuple):
@@ -24,8 +26,18 @@ class Errors(NamedTuple):
     gradients: float
 
 
+class _Step(NamedTuple):
+    """What a model gives in one step: outputs with buffers, and gradients."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
 def check(before: nn.Module, after: nn.Module, inputs: Any) -> Errors:
     """Compare two models on example inputs, by torch's own operators; in float64 where that is needed to decide.
+
+    Rounding may have been magnified: in float64 it is not. Where a dtype is written into the model, a difference may
+    be as large as what the last bit of the weights makes of the model that was there before.
 
     Args:
         before, after: they are left as they were; parameters and buffers correspond by name.
@@ -35,27 +47,28 @@ def check(before: nn.Module, after: nn.Module, inputs: Any) -> Errors:
         RuntimeError: if they differ by more than rounding.
         ValueError: if there is no output to compare.
     """
-    errors, limit = _errors(before, after, inputs, wide=False), 1e-5
-    if not max(errors) <= limit:  # rounding may have been magnified; in float64 it would not be
+    errors = _errors(before, after, inputs, wide=False)
+    if not max(errors) <= _LIMIT:
         try:
             errors = _errors(before, after, inputs, wide=True)
         except (RuntimeError, TypeError):  # a dtype is written into the model
-            limit = max(_MAGNIFIED.get(p.dtype, limit) for p in before.parameters())
+            errors = _errors(before, after, inputs, wide=False, nudged=_nudged(before))
     for what, error in errors._asdict().items():
-        if not error <= limit:
+        if not error <= _LIMIT:
             raise RuntimeError(
-                f"the fused model's {what} differ by {error:.1e} of their size (at most {limit:.0e} can be rounding): "
+                f"the fused model's {what} differ by {error:.1e} of their size (at most {_LIMIT:.0e} can be rounding): "
                 "its forward does something that no graph showed; the model is unchanged"
             )
     return errors
 
 
-def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool) -> Errors:
+def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool, nudged: nn.Module | None = None) -> Errors:
     outputs = gradients = 0.0
     for training in (True, False):
         right, found = (_run(model, inputs, training, wide) for model in (before, after))
-        outputs = max(outputs, largest_difference(found[0], right[0]))
-        gradients = max(gradients, largest_difference(found[1], right[1]))
+        rounded = right if nudged is None else _run(nudged, inputs, training, wide)
+        outputs = max(outputs, largest_difference(found.outputs, right.outputs, rounded.outputs))
+        gradients = max(gradients, largest_difference(found.gradients, right.gradients, rounded.gradients))
     return Errors(outputs, gradients)
 
 
@@ -65,51 +78,108 @@ def evaluated(model: nn.Module, inputs: Any) -> list[Tensor]:
     Raises:
         ValueError: if there is none.
     """
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     if not isinstance(twin, fx.GraphModule):
-        twin.train().eval()  # some keep what they computed last until they train again
+        in_mode(in_mode(twin, True), False)  # some keep what they computed last until they train again
     with seeded(model), using("aten"), torch.no_grad():
-        outputs = [y for y in tree_leaves(forward(twin, inputs)) if isinstance(y, Tensor) and y.is_floating_point()]
+        return _comparable(forward(twin, inputs))
+
+
+def _comparable(result: Any) -> list[Tensor]:
+    outputs = [t for t in tensors_in(result) if t.is_floating_point()]
     if not outputs:
-        raise ValueError("the model returned no floating-point tensor that could be compared")
+        raise ValueError(
+            f"the model returned no floating-point tensor that could be compared, but a "
+            f"{type(result).__name__}: give a module whose forward returns tensors, or call without example_inputs"
+        )
     return outputs
 
 
-def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """One step of a copy: outputs with buffers, and gradients."""
-    twin = copy.deepcopy(model).train(training)
+def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> _Step:
+    """One step of a copy."""
+    twin = in_mode(copied(model), training)
     twin = twin.double() if wide else twin
+    learns = any(p.requires_grad for p in twin.parameters())
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        return (value.double() if wide else value).detach().clone().requires_grad_()
+        # Some models require a gradient of their input themselves, which only a leaf allows.
+        return (value.double() if wide else value).detach().clone().requires_grad_(value.requires_grad or not learns)
 
     given = tree_map(fresh, inputs)
     for parameter in twin.parameters():
         parameter.grad = None
     with seeded(model), using("aten"):
-        outputs = [y for y in tree_leaves(forward(twin, given)) if isinstance(y, Tensor) and y.is_floating_point()]
-        if not outputs:
-            raise ValueError("the model returned no floating-point tensor that could be compared")
+        _count_once(twin)
+        outputs = _comparable(forward(twin, given))
         losses = [(y * torch.randn_like(y)).sum() for y in outputs if y.requires_grad]
         if losses:
             torch.stack([loss.double() for loss in losses]).sum().backward()
     buffers = [b.detach() for b in twin.buffers() if b.is_floating_point()]
     sources = [*twin.parameters(), *(t for t in tree_leaves(given) if isinstance(t, Tensor))]
-    gradients = [t.grad for t in sources if t.grad is not None]
-    return [*(y.detach() for y in outputs), *buffers], gradients
+    gradients = [t.grad for t in sources if t.is_leaf and t.grad is not None]
+    return _Step([*(y.detach() for y in outputs), *buffers], gradients)
 
 
-def largest_difference(found: list[Tensor], right: list[Tensor]) -> float:
-    """The largest difference, relative to the tensor's largest value, or to a thousandth of all tensors' largest."""
+def _count_once(model: nn.Module) -> None:
+    """Let torch's layers leave their statistics alone while a backward computes anew what was not kept."""
+    kept: list[dict[str, Tensor | None] | None] = []
+
+    def keep(layer: nn.Module, args: Any) -> None:
+        recomputing = torch._C._current_graph_task_id() != -1
+        kept.append(dict(layer._buffers) if recomputing else None)
+        if recomputing:
+            layer._buffers.update({name: None if b is None else b.clone() for name, b in layer._buffers.items()})
+
+    def put_back(layer: nn.Module, args: Any, result: Any) -> None:
+        layer._buffers.update(kept.pop() or {})
+
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.register_forward_pre_hook(keep)
+            layer.register_forward_hook(put_back)
+
+
+def _nudged(model: nn.Module) -> nn.Module:
+    """A copy whose weights are off by their last bit, up or down."""
+    twin: nn.Module = copied(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in twin.parameters():
+            if p.is_floating_point():
+                sign = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+                p.mul_(1 + torch.finfo(p.dtype).eps * sign)
+    return twin
+
+
+def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded: Sequence[Tensor] = ()) -> float:
+    """The largest difference, relative to the tensor's largest value, or to a thousandth of all tensors' largest.
+
+    Args:
+        found: what is judged.
+        right: what it should be.
+        rounded: what it might be for rounding alone; ten times as far off is as good as none.
+    """
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")
-    sizes = [t.abs().max().item() if t.numel() else 0.0 for t in right]
-    floor = max([1e-3 * size for size in sizes if size < float("inf")] + [1e-300])
+    sizes = [_size(t) for t in right]
+    floor = max([1e-3 * size for size in sizes] + [1e-300])
     worst = 0.0
-    for ours, theirs, size in zip(found, right, sizes, strict=True):
-        same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-        difference = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(nan=float("inf"))
-        worst = max(worst, difference.max().item() / max(size, floor) if difference.numel() else 0.0)
+    for ours, theirs, size, near in zip(found, right, sizes, rounded or right, strict=True):
+        allowed = _ULPS * max(_distance(near, theirs), torch.finfo(theirs.dtype).eps * size) if rounded else 0.0
+        distance = _distance(ours, theirs)
+        worst = max(worst, 0.0 if distance <= allowed else distance / max(size, floor))
     return worst
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest value, of those that are finite."""
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    difference = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(nan=float("inf"))
+    return difference.max().item() if difference.numel() else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.folding.fold_graph import fold_graph
+from batchnorm.kernels import using
+from batchnorm.surgery.example import forward, in_mode, seeded
+from batchnorm.surgery.find import settle_lazy
+from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.foldable import Borders, layers_of
-from batchnorm.surgery.folding.handover import Step, take
-from batchnorm.surgery.folding.neighbours import neighbours
+from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
+from batchnorm.surgery.folding.neighbours import Observed, Traced
+from batchnorm.surgery.folding.proof import Proof
 from batchnorm.surgery.fusing.undo import undo
-from batchnorm.surgery.verify import evaluated, largest_difference
+from batchnorm.surgery.norms import Zero
+from batchnorm.surgery.recorded import recorded
 
 __all__ = ["Folded", "fold"]
-
-_COARSE = {torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
     In evaluation batch normalization is scale · x + shift. The convolution or linear layer before it takes both over,
     exactly: its weight is scaled along the outputs, and it gets a bias. Where there is none before, or it feeds others
     too, the one behind takes the line over, along its inputs, where that is exact: not where zeros are padded and the
-    layer shifts. An activation or residual addition of a layer of ours remains in its place.
+    layer shifts. Where a run shows that the output of a convolution with the same input is added to the layer's, as in
+    RepVGG, the convolution takes the line over in the middle of its kernel, and 0 is added. An activation or residual
+    addition of a layer of ours remains in its place.
 
     Which modules are next to each other is read from the graphs of all modules that torch.fx can trace, and observed in
     a run of the example inputs. Without these, a module that cannot be traced hides what it does itself, except for
@@ -96,30 +100,73 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
         return _fold_graph(model, example_inputs)
     _check(model)
     made = _undone(copy.deepcopy(model))
-    steps, skipped = _search(copy.deepcopy(made), example_inputs)
+    if example_inputs is None:
+        steps, skipped = _search(made, Traced(made), Borders(made))
+        return _result(made, steps, skipped)
+    inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+    outputs, seen, borders = _seen(made, inputs)
+    proof = Proof(made, inputs, outputs, _taken)
+    found, skipped = _search(made, seen, borders)
+    steps = proof.sound(found)
+    skipped |= {step.layer: why for step, why in proof.refused.items()}
+    return _result(made, steps, skipped, proof)
+
+
+def _seen(model: nn.Module, inputs: Any) -> tuple[Any, Observed | Traced, Borders]:
+    """What a model returns for example inputs, and what is next to what."""
+    try:
+        run = recorded(model, inputs)
+    except Exception:  # it may not bear to be recorded; if it does not run at all, this raises again
+        return _outputs(model, inputs), Traced(model), Borders(model)
+    return run.outputs, Observed(model, run), Borders(model, run.called_with)
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Any:
+    with seeded(model), torch.no_grad(), using("aten"):
+        return forward(copy.deepcopy(model), inputs)
+
+
+def _taken(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+    made = copy.deepcopy(model)
+    take(made, steps)
+    return made
+
+
+def _result(made: nn.Module, steps: list[Step], skipped: dict[str, str], proof: Proof[Any] | None = None) -> Folded:
+    """Take the steps, and tell."""
     tied = _tied(made)
     take(made, steps)
-    folded = {step.layer: _told(made, step, tied) for step in steps}
+    return _told_of(made, {step.layer: _told(made, step, tied) for step in steps}, skipped, proof)
 
-    def again(twin: nn.Module) -> nn.Module:
-        take(_undone(twin), steps)
-        return twin
 
-    errors = (None, None) if example_inputs is None else _verified(model, made, again, example_inputs)
-    return Folded(made, folded, skipped, *errors)
+def _told_of(model: nn.Module, folded: dict[str, str], skipped: dict[str, str], proof: Proof[Any] | None) -> Folded:
+    if proof is None:
+        return Folded(model, folded, skipped)
+    return Folded(model, folded, skipped, proof.error, proof.error_float64)
 
 
 def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
-    whole: nn.Module = model.module() if isinstance(model, ExportedProgram) else copy.deepcopy(model).eval()
-    made, folded, skipped = fold_graph(model if isinstance(model, ExportedProgram) else whole)  # type: ignore[arg-type]
-    errors = (None, None) if inputs is None else _verified(whole, made, lambda twin: fold_graph(twin)[0], inputs)  # type: ignore[arg-type]
-    return Folded(made, folded, skipped, *errors)
+    whole: Any = model.module() if isinstance(model, ExportedProgram) else in_mode(copy.deepcopy(model), False)
+    given: Any = model if isinstance(model, ExportedProgram) else whole
+    if inputs is None:
+        return Folded(*fold_graph(given))
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    if given is whole:
+        sized(whole, inputs)
+    proof: Proof[str] = Proof(whole, inputs, _outputs(whole, inputs), _folded)
+    made, folded, skipped = fold_graph(given, proof.sound(list(fold_graph(whole)[1])))
+    return _told_of(made, folded, skipped | proof.refused, proof)
+
+
+def _folded(graph: Any, names: Sequence[str]) -> nn.Module:
+    return fold_graph(graph, names)[0]
 
 
 def _undone(copied: nn.Module) -> nn.Module:
     """A copy without what ``fuse`` gave to its layers, in evaluation."""
     undo(copied)
-    return copied.eval()
+    settle_lazy(copied)
+    return in_mode(copied, False)
 
 
 def _check(model: Any) -> None:
@@ -142,28 +189,44 @@ def _check(model: Any) -> None:
             )
 
 
-def _search(scratch: nn.Module, inputs: Any) -> tuple[list[Step], dict[str, str]]:
-    """The steps that can be taken, found by taking them: behind one layer there may be another."""
+def _search(model: nn.Module, seen: Observed | Traced, borders: Borders) -> tuple[list[Step], dict[str, str]]:
+    """The steps that can be taken; behind a layer that goes there may be another."""
     steps: list[Step] = []
+    layers, skipped = layers_of(model)
     while True:
-        layers, skipped = layers_of(scratch)
-        if not layers:
-            return steps, skipped
-        borders, found = Borders(scratch), neighbours(scratch, layers.values(), inputs)
         new = []
         for name, layer in layers.items():
-            around = found[layer]
-            reasons = borders.before(layer, around), borders.after(layer, around)
-            if None in reasons:
-                before = reasons[0] is None
-                module: Any = around.before if before else around.after
-                new.append(Step(name, borders.names[module][0], before, "residual" in around.given, around.guessed))
+            try:
+                found = _step(name, layer, seen, borders)
+            except Exception as error:  # of one layer; the others are none the worse
+                found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if isinstance(found, Step):
+                new.append(found)
             else:
-                skipped[name] = "; ".join(dict.fromkeys(str(reason) for reason in reasons))
+                skipped[name] = found
         if not new:
             return steps, skipped
         steps += new
-        take(scratch, new)
+        gone = [layers.pop(step.layer) for step in new]
+        skipped = {name: reason for name, reason in skipped.items() if name not in {step.layer for step in new}}
+        seen.hand_on([layer for layer, step in zip(gone, new, strict=True) if leaves_nothing(layer, step)])
+
+
+def _step(name: str, layer: nn.Module, seen: Observed | Traced, borders: Borders) -> Step | str:
+    """How a layer goes into its neighbours, or why it cannot."""
+    around = seen.of(layer)
+    reasons = borders.before(layer, around), borders.after(layer, around)
+    if None in reasons:
+        before = reasons[0] is None
+        modules = _named(around.before if before else around.after, borders)
+        return Step(name, modules, before, "residual" in around.given, around.guessed)
+    if borders.beside(layer, around) is None:
+        return Step(name, _named(around.beside, borders), before=False, beside=True)
+    return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
+
+
+def _named(shares: Any, borders: Borders) -> tuple[tuple[str, Tensor | None], ...]:
+    return tuple((borders.names[module][0], channels) for module, channels in shares)
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -177,47 +240,12 @@ def _tied(model: nn.Module) -> set[str]:
 
 
 def _told(made: nn.Module, step: Step, tied: set[str]) -> str:
-    said = f"into {step.module}" + ("" if step.before else ", which follows")
+    names = [name for name, _ in step.modules]
+    where = ", which is added to it" if step.beside else "" if step.before else ", which follows"
+    said = f"into {' and '.join(names)}{where}"
     if step.guessed:
         said += ", beside it in a Sequential"
-    if step.module in tied:
+    if any(name in tied for name in names):
         said += ", which has a weight of its own now"
     left = made.get_submodule(step.layer)
-    return said if type(left) is nn.Identity else f"{said}; {left} remains"
-
-
-def _verified(
-    model: nn.Module, made: nn.Module, again: Callable[[nn.Module], nn.Module], inputs: Any
-) -> tuple[float, float | None]:
-    """How far the outputs are from the model's, in its own dtype and in float64, in which it is folded again."""
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    right = evaluated(model, inputs)
-    own = largest_difference(_run(made, inputs), right)
-    try:
-        twin = copy.deepcopy(model).double()
-        given = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
-        right = evaluated(twin, given)
-    except (RuntimeError, TypeError, AssertionError):  # a dtype is written into the model
-        _judge(own, max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())]))
-        return own, None
-    wide = largest_difference(_run(again(twin), given), right)
-    _judge(wide, 1e-9)
-    return own, wide
-
-
-def _run(folded: nn.Module, inputs: Any) -> list[Tensor]:
-    try:
-        return evaluated(folded, inputs)
-    except Exception as error:
-        raise RuntimeError(
-            f"the folded model fails ({type(error).__name__}: {error}): does a forward use a layer other than by "
-            "calling it? The model is unchanged"
-        ) from error
-
-
-def _judge(error: float, limit: float) -> None:
-    if not error <= limit:
-        raise RuntimeError(
-            f"the folded model's outputs differ by {error:.1e} of their size (at most {limit:.0e} can be rounding): a "
-            "forward does something that neither a graph nor the run showed; the model is unchanged"
-        )
+    return said if type(left) in (nn.Identity, Zero) else f"{said}; {left} remains"

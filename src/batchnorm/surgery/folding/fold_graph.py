@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.passes.shape_prop import ShapeProp
 
 from batchnorm.activations import module_of
+from batchnorm.epilogue import as_layers
+from batchnorm.kernels import using
 from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
 from batchnorm.surgery.line import along_outputs, bias_behind, line
 
-__all__ = ["fold_graph"]
+__all__ = ["fold_graph", "sized"]
 
 
-def fold_graph(model: ExportedProgram | fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str], dict[str, str]]:
+def fold_graph(
+    model: ExportedProgram | fx.GraphModule, only: Collection[str] | None = None
+) -> tuple[fx.GraphModule, dict[str, str], dict[str, str]]:
     """Fold every batch normalization that follows a convolution or a linear layer into its weight and bias.
 
     With the running statistics normalization is ``scale · x + shift`` for each channel, and so is what a convolution of
@@ -25,12 +32,13 @@ def fold_graph(model: ExportedProgram | fx.GraphModule) -> tuple[fx.GraphModule,
 
     Layers may be modules or functions (``F.batch_norm`` with ``get_attr`` operands), a program may have been through
     ``run_decompositions``. An activation or a residual of our layers stays behind as an operation of its own.
-    A linear layer's result is taken to be ``(N, C)``, and a convolution's to have its weight's dimensions, unless the
-    graph says what they are.
+    A linear layer's result must be ``(N, C)``, by the shapes that the graph knows (see ``sized``) or by what is
+    computed. A convolution's is taken to have its weight's dimensions, unless the graph says otherwise.
 
     Args:
         model: a program that torch.export has made of a model in evaluation mode, or what ``torch.fx.symbolic_trace``
             gives. It is left as it was.
+        only: the names of the layers to fold; all that can be by default.
 
     Returns:
         The folded graph as a module; what was folded into what; and what was left, with the reason. A layer is named
@@ -57,7 +65,8 @@ def fold_graph(model: ExportedProgram | fx.GraphModule) -> tuple[fx.GraphModule,
             raise TypeError(
                 f"cannot fold a {type(model).__name__} as a graph: give an ExportedProgram or a torch.fx.GraphModule"
             )
-    folding = _Folding(module)
+    as_layers(module)
+    folding = _Folding(module, only)
     folding.skipped.update(dict.fromkeys(folding.layers.unseen(), "it is in a part that the graph does not look into"))
     for node in list(module.graph.nodes):
         folding.look_at(node)
@@ -67,8 +76,21 @@ def fold_graph(model: ExportedProgram | fx.GraphModule) -> tuple[fx.GraphModule,
     return module, folding.folded, folding.skipped
 
 
+def sized(module: fx.GraphModule, inputs: Any) -> None:
+    """Note in a graph that was traced which shapes its values have for example inputs."""
+    if any("val" in node.meta for node in module.graph.nodes):
+        return
+    places = [node.target for node in module.graph.nodes if node.op == "placeholder"]
+    given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    if isinstance(inputs, Mapping):
+        given = [inputs[place] for place in places if place in inputs]
+    with torch.no_grad(), using("aten"):
+        ShapeProp(module).propagate(*given)
+
+
 class _Folding:
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, only: Collection[str] | None) -> None:
+        self._only = only
         self.folded: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
         self._module, self._graph = module, module.graph
@@ -87,6 +109,8 @@ class _Folding:
             source = self.layers.source_of(norm)
         except RefusalError as refusal:
             self.skipped[name] = str(refusal)
+            return
+        if self._only is not None and name not in self._only:
             return
         self._fold(norm, source)
         self.folded[name] = f"into {source.name}"

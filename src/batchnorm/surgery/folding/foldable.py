@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
+from batchnorm.layers import channels_of
 from batchnorm.recurrent.base import Recurrent
-from batchnorm.surgery.find import OURS, TORCHS, hooked_between, hooks_of, is_batch_norm, is_frozen, names_of
+from batchnorm.surgery.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
+from batchnorm.surgery.folding.handover import share_of
 from batchnorm.surgery.folding.neighbours import Neighbours
-from batchnorm.surgery.line import TRANSPOSED, channels_of, line_of
+from batchnorm.surgery.folding.tried import Call, does_not_take
+from batchnorm.surgery.folding.view import Share
+from batchnorm.surgery.line import TRANSPOSED, inputs_of, is_plain, line_of, outputs_of
+from batchnorm.surgery.reading import following, read
 
 __all__ = ["Borders", "layers_of", "no_line"]
 
-_KNOWN = {*OURS, *TORCHS, nn.SyncBatchNorm}
-_TORCHVISION = {"weight", "bias", "running_mean", "running_var"}
 _ELSEWHERE: dict[type[nn.Module], str] = {
     DomainBatchNorm: "its line is another one in each domain",
     ConditionalBatchNorm: "its scale and shift depend on what it is conditioned on",
@@ -54,10 +58,11 @@ def no_line(layer: Any) -> str | None:
         return "its forward has been replaced"
     if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
         return "it has seen no input, and has no statistics yet: run the model once"
-    if kind not in _KNOWN and not _is_torchvisions(layer):
-        if issubclass(kind, nn.modules.batchnorm._BatchNorm):
-            return f"{kind.__name__} is a subclass, which may compute something else"
-        return f"{kind.__name__} is not a batch normalization that is known here"
+    found = None if is_known(kind) else read(layer)
+    if isinstance(found, str):
+        subclass = issubclass(kind, nn.modules.batchnorm._BatchNorm)
+        told = "a subclass, which may compute something else" if subclass else "not a batch normalization known here"
+        return f"{kind.__name__} is {told}: {found}"
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics: its output depends on the batch in evaluation, too"
     if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
@@ -69,44 +74,52 @@ def no_line(layer: Any) -> str | None:
     return None
 
 
-def _is_torchvisions(layer: Any) -> bool:
-    """Whether it is torchvision's frozen layer, or detectron2's, which computes the same from the same buffers."""
-    named = type(layer).__name__ == "FrozenBatchNorm2d" and not is_frozen(layer)
-    buffers = set(layer._buffers) - {"num_batches_tracked"}
-    return named and buffers == _TORCHVISION and not layer._parameters and isinstance(vars(layer).get("eps"), float)
-
-
 class Borders:
-    """What stands between a layer of one model and the module that could take it over."""
+    """What stands between a layer of one model and the modules that could take it over."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, called_with: Mapping[nn.Module, Call] | None = None) -> None:
+        """Look at a model.
+
+        Args:
+            model: it is left as it was.
+            called_with: what modules with a forward of their own were called with in a run.
+        """
         self.names = names_of(model)
-        self._model = model
+        self._model, self._called_with = model, called_with or {}
 
     def before(self, layer: Any, found: Neighbours) -> str | None:
-        """Why the module in front of a layer cannot do the layer's work."""
+        """Why the modules in front of a layer cannot do the layer's work."""
         if isinstance(found.before, str):
             return found.before
-        module: Any = found.before
         if "mask" in found.given:
             return "it is called with a mask, where its output is 0"
-        channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        return self._common(layer, module, channels, found)
+        return self._first(layer, found.before, found, before=True)
 
     def after(self, layer: Any, found: Neighbours) -> str | None:
         """Why the module behind a layer cannot do the layer's work."""
         if isinstance(found.after, str):
             return found.after
-        module: Any = found.after
-        name = self.names[module][0]
-        if found.given or getattr(layer, "activation", None) is not None:
-            return f"it does more than normalize before {name}"
-        channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-        return self._common(layer, module, channels, found) or _at_the_border(layer, module, name)
+        if found.given or following(layer) is not None:
+            return f"it does more than normalize before {self.names[found.after[0].module][0]}"
+        return self._first(layer, found.after, found, before=False)
 
-    def _common(self, layer: Any, module: Any, channels: int, found: Neighbours) -> str | None:
+    def beside(self, layer: Any, found: Neighbours) -> str | None:
+        """Why a convolution whose output is added to the layer's cannot do the layer's work."""
+        if isinstance(found.beside, str):
+            return found.beside
+        if found.given or following(layer) is not None:
+            return "it does more than normalize before the sum"
+        return self._first(layer, found.beside, found, before=True)
+
+    def _first(self, layer: Any, shares: tuple[Share, ...], found: Neighbours, before: bool) -> str | None:
+        reasons = (self._obstacle(layer, share, found, before) for share in shares)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _obstacle(self, layer: Any, share: Share, found: Neighbours, before: bool) -> str | None:
+        module: Any = share.module
         name = self.names[module][0]
-        if channels != channels_of(layer):
+        channels = outputs_of(module) if before else inputs_of(module)
+        if channels != (channels_of(layer) if share.channels is None else len(share.channels)):
             return f"{name} has {channels} channels there, not {channels_of(layer)}"
         if "forward" in vars(module):
             return f"the forward of {name} has been replaced"
@@ -117,22 +130,16 @@ class Borders:
             return f"{name} or the layer is shared, and not all of its calls could be seen: give example_inputs"
         if hooks_of(module) or hooked_between(self._model, name, self.names[layer][0]):
             return f"{name}, or something between it and the layer, has hooks"
-        if isinstance(module, nn.Linear) and not found.flat and not _is_flat(layer, found):
-            return f"its channels are dimension 1, and those of {name}, which is linear, the last one"
-        return None
+        line = share_of(layer, share.channels)
+        reason = None if before else _at_the_border(line[1], module, name)
+        if reason is None and not is_plain(module):
+            reason = does_not_take(module, line, before, self._called_with.get(module))
+            reason = reason and f"{name} ({type(module).__name__}) {reason}"
+        return reason
 
 
-def _is_flat(layer: Any, found: Neighbours) -> bool:
-    """Whether a layer's input is (N, C); where nobody has seen it, whether it can be."""
-    if found.dimensions:
-        return found.dimensions == {2}
-    kind = layer._frozen.kind if is_frozen(layer) else type(layer)
-    return issubclass(kind, (nn.BatchNorm1d, nn.SyncBatchNorm))
-
-
-def _at_the_border(layer: Any, module: Any, name: str) -> str | None:
+def _at_the_border(shift: Tensor, module: Any, name: str) -> str | None:
     """Why a shift in front of a convolution is no bias behind it."""
-    _, shift = line_of(layer)
     if isinstance(module, nn.Linear) or not shift.any():
         return None
     if isinstance(module, TRANSPOSED):

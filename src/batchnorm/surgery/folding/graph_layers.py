@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm.surgery.find import OURS, TORCHS, hooks_of, is_batch_norm, is_frozen
+from batchnorm.surgery.folding.ranks import rank_of
 from batchnorm.surgery.line import LINEAR_MAPS, TRANSPOSED
 
 __all__ = ["GraphLayers", "Norm", "RefusalError", "Slot", "Source", "aten", "gives_several"]
@@ -258,9 +259,14 @@ class GraphLayers:
             raise RefusalError(f"{source.name} has {outputs} channels, not {channels}")
         if reader is not norm.node and (source.transposed or weight.dim() != 2):
             raise RefusalError(f"it follows {reader.name}, not a convolution or linear layer")
-        form = norm.given.meta.get("val", norm.given.meta.get("tensor_meta"))
-        if form is not None and hasattr(form, "shape") and len(form.shape) != weight.dim():
-            raise RefusalError(f"{source.name} gives {tuple(form.shape)}, whose channels are not in dimension 1")
+        shape = _shape(norm.given)
+        if shape is not None and len(shape) != weight.dim():
+            raise RefusalError(f"{source.name} gives {tuple(shape)}, whose channels are not in dimension 1")
+        if shape is None and weight.dim() == 2 and rank_of(self._module, norm.given) != 2:
+            raise RefusalError(
+                f"{source.name} may give (N, C) or (N, L, C), whose channels are not in dimension 1: example_inputs "
+                "would tell"
+            )
         return source
 
     def _check_alone(self, source: Source) -> None:
@@ -323,11 +329,16 @@ def _before_views(norm: Norm) -> tuple[Any, fx.Node]:
     node, reader = norm.given, norm.node
     while node.target in _VIEWS and set(node.users) == {reader}:
         before: Any = node.args[0]
-        shapes = [one.meta["val"].shape if "val" in one.meta else (0,) for one in (before, node)]
-        if shapes[0][-1:] != shapes[1][-1:] or shapes[0] == (0,):
+        shapes = _shape(before), _shape(node)
+        if shapes[0] is None or shapes[1] is None or shapes[0][-1:] != shapes[1][-1:]:
             break
         node, reader = before, node
     return node, reader
+
+
+def _shape(node: fx.Node) -> Any:
+    """The shape of a node's value, if the graph knows it."""
+    return getattr(node.meta.get("val", node.meta.get("tensor_meta")), "shape", None)
 
 
 def _asks_for_shape(user: fx.Node, node: fx.Node) -> bool:

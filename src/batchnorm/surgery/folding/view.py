@@ -1,146 +1,337 @@
-"""One module's graph, seen from the batch normalization layers that it calls."""
+"""One graph, seen from the batch normalization layers that it calls: a module's as traced, or a model's as run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import hooks_of
-from batchnorm.surgery.line import is_linear_map
+from batchnorm.surgery.folding import paths
+from batchnorm.surgery.folding.ranks import rank_of, rank_taken
+from batchnorm.surgery.folding.sums import has_middle, summands
+from batchnorm.surgery.line import is_linear_map, outputs_of
 
-__all__ = ["View", "hands_on"]
+__all__ = ["Share", "Unclear", "View"]
 
-# What hands on in evaluation what it is given.
-_IDENTITIES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-)  # fmt: skip
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-# What asks a tensor for its form alone.
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
-_METHODS = ("size", "dim")
-_LIKE = ("reshape_as", "view_as", "expand_as", "type_as")
+_TELLS = "example_inputs would tell"
 
 
-def hands_on(module: nn.Module) -> bool:
-    """Whether a module gives in evaluation what it is given."""
-    return type(module) in _IDENTITIES and not hooks_of(module)
+class Share(NamedTuple):
+    """A convolution or linear layer, and which of a batch normalization layer's channels are its.
+
+    Attributes:
+        module: the convolution or linear layer.
+        channels: for each of its channels on the layer's side, which channel of the layer it is, -1 for none; None if
+            they are the same.
+    """
+
+    module: nn.Module
+    channels: Tensor | None = None
+
+
+class Unclear(str):
+    """A reason that example inputs would settle."""
+
+    __slots__ = ()
 
 
 class View:
-    """One module's graph, seen from the layers that it calls."""
+    """A graph, seen from the layers that it calls.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, whole: bool) -> None:
+    Attributes:
+        run: whether the graph was recorded in a run.
+        calls: the nodes that call each module.
+        gone: layers that hand on what they are given.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        whole: bool,
+        gone: set[nn.Module],
+        run: bool = False,
+        training: bool = False,
+    ) -> None:
+        """Look at a graph.
+
+        Args:
+            module: whose graph it is.
+            graph: traced, or recorded.
+            whole: whether the module is the model, so that nothing is around it.
+            gone: layers that are folded, and hand on what they are given; it may grow.
+            run: whether the graph was recorded in a run, and knows sizes.
+            training: whether dropout is more than nothing.
+        """
         self.whole = whole
         self.calls: dict[nn.Module, list[fx.Node]] = {}
-        self._module, self._graph = module, graph
+        self.gone = gone
+        self.run = run
+        self._module, self._graph, self._training = module, graph, training
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(self._called(node), []).append(node)
 
-    def before(self, layer: nn.Module) -> tuple[nn.Module | str | None, bool]:
-        """What feeds a layer alone, or why nothing does, or None if the graph begins there; whether it is flattened."""
-        origins = {self._origin(call) for call in self.calls[layer]}
+    def before(self, layer: nn.Module) -> tuple[Share, ...] | str | None:
+        """What feeds a layer alone, or why nothing does, or None if the graph begins there."""
+        origins = dict.fromkeys(origin for call in self.calls[layer] for origin in self._origins(_input(call)))
         if any(node.op == "placeholder" for node in origins) and not self.whole:
-            return None, False
-        first = next(iter(origins))
-        if len({node.target for node in origins}) > 1:
-            return f"it follows {' and '.join(sorted(self._told(node) for node in origins))}", False
-        if first.op != "call_module" or not is_linear_map(self._called(first)):
-            return f"it follows {self._told(first)}, not a plain convolution or linear layer", False
-        before = self._called(first)
-        if not self._alone(before, layer):
-            return f"{first.target} feeds others, too", False
-        return before, any(_flattens(self._handed(_input(call))) for call in self.calls[layer])
+            return None
+        if not all(map(self._is_map, origins)):
+            told = " and ".join(sorted({self._told(node) for node in origins}))
+            return f"it follows {told}, not a plain convolution or linear layer"
+        modules = list(dict.fromkeys(map(self._called, origins)))
+        for module in modules:
+            if not self._feeds_only(module, layer):
+                return f"{self._name(module)} feeds others, too"
+        return self._shares_before(layer, modules)
 
-    def after(self, layer: nn.Module) -> nn.Module | str | None:
+    def after(self, layer: nn.Module) -> tuple[Share, ...] | str | None:
         """What alone reads a layer, or why nothing does, or None if its output leaves the graph."""
-        readers = {reader for call in self.calls[layer] for reader, _ in self._readers(call)}
+        readers = dict.fromkeys(reader for call in self.calls[layer] for reader, _ in self._readers(call))
         if any(node.op == "output" for node in readers) and not self.whole:
             return None
         if not readers:
             return "nothing reads its output"
-        first = next(iter(readers))
-        if len({node.target for node in readers}) > 1:
-            return f"it is read by {' and '.join(sorted({self._told(node) for node in readers}))}"
-        if first.op != "call_module" or not is_linear_map(self._called(first)):
-            return f"followed by {self._told(first)}"
-        after = self._called(first)
-        return after if self._alone(layer, after) else f"{first.target} reads others, too"
+        told = " and ".join(sorted({self._told(node) for node in readers}))
+        if not all(map(self._is_map, readers)):
+            return f"followed by {told}"
+        modules = list(dict.fromkeys(map(self._called, readers)))
+        if len(modules) > 1:
+            return f"it is read by {told}"
+        origins = {origin for call in self.calls[modules[0]] for origin in self._origins(_input(call))}
+        if not self._feeds_only(layer, modules[0]) or not origins <= set(self.calls[layer]):
+            return f"{self._name(modules[0])} reads others, too"
+        return self._share_after(layer, modules[0])
+
+    def beside(self, layer: nn.Module) -> tuple[Share, ...] | str:
+        """The convolution that reads what a layer reads, and whose output is added to the layer's; or why none does."""
+        if not self.run:  # which alone shows what is overwritten between the two calls
+            return f"whether something is beside it, {_TELLS}"
+        if len(self.calls[layer]) > 1:
+            return "it is called several times"
+        call = self.calls[layer][0]
+        found = summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._hands_on)
+        if isinstance(found, str):
+            return found
+        for node in found:
+            module = self._map(node)
+            if module is None or len(self.calls[module]) > 1 or not has_middle(module):
+                continue
+            if self._source(node) is self._source(call):
+                return (Share(module),)
+        return "no convolution that could do its work is beside it in the sum"
 
     def given(self, layer: nn.Module) -> set[str]:
         """What else a layer is called with."""
         calls = self.calls[layer]
         named = {name for call in calls for name, value in call.kwargs.items() if value is not None}
-        placed = {name for call in calls for name, _ in zip(("residual", "mask"), call.args[1:], strict=False)}
+        placed = {
+            name
+            for call in calls
+            for name, value in zip(("residual", "mask"), call.args[1:], strict=False)
+            if value is not None
+        }
         return (named & {"residual", "mask"}) | placed
 
     def touched(self) -> set[nn.Module]:
-        """The modules whose parameters the graph computes with, besides calling them."""
-        parameters = {
-            id(_attribute(self._module, str(node.target)))
-            for node in self._graph.nodes
-            if node.op == "get_attr" and any(not _silent(user, node) for user in node.users)
-        }
+        """The modules with parameters that a traced graph computes with, besides calling them."""
+        reads = [node for node in self._graph.nodes if node.op == "get_attr"]
+        used = [node for node in reads if any(not paths.asks(user, node) for user in node.users)]
+        parameters = {id(_attribute(self._module, str(node.target))) for node in used}
+        if not parameters:
+            return set()
         return {m for m in self._module.modules() if any(id(p) in parameters for p in m.parameters(recurse=False))}
 
-    def _alone(self, first: nn.Module, second: nn.Module) -> bool:
-        """Whether all that one module gives goes into another one, as its input, which gets nothing else."""
+    # --- who reads whom ---
+
+    def _feeds_only(self, first: nn.Module, other: nn.Module) -> bool:
+        """Whether all that a module gives goes into another one, as its input."""
         reads = [(reader, given) for call in self.calls[first] for reader, given in self._readers(call)]
-        within = all(
-            reader in self.calls[second] and _input(reader) is given and list(reader.all_input_nodes).count(given) == 1
+        return all(
+            reader in self.calls[other] and _input(reader) is given and list(reader.all_input_nodes).count(given) == 1
             for reader, given in reads
         )
-        return within and all(self._origin(call) in self.calls[first] for call in self.calls[second])
 
-    def _origin(self, call: fx.Node) -> fx.Node:
-        """The node that gave what a call gets, before anything that hands it on."""
-        node = self._handed(_input(call))
-        if _flattens(node):
-            before = self._handed(_input(node))
-            return before if self._is_linear(before) else node
-        return node
-
-    def _handed(self, node: fx.Node) -> fx.Node:
-        while self._hands_on(node):
-            node = _input(node)
-        return node
+    def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes that gave a value, before all that handed it on or moved it."""
+        if self._hands_on(node) or (paths.is_movement(node) and self._understood(node)):
+            for given in paths.data_of(node):
+                yield from self._origins(given)
+        else:
+            yield node
 
     def _readers(self, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         """What computes with a node's value, and the node from which it gets it."""
         for user in node.users:
-            if _silent(user, node):
+            if paths.asks(user, node):
                 continue
-            if self._hands_on(user) or (_flattens(user) and self._is_linear(self._handed(node))):
+            if self._hands_on(user) or (paths.is_movement(user) and self._understood(user)):
                 yield from self._readers(user)
             else:
                 yield user, node
 
     def _hands_on(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return hands_on(self._called(node))
-        if node.op != "call_function" or node.target not in _DROPOUTS:
-            return False
-        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        return training is False
+            called = self._called(node)
+            return called in self.gone or paths.hands_on_module(called, self._training)
+        return paths.is_identity(node)
 
-    def _is_linear(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self._called(node), nn.Linear)
+    def _understood(self, node: fx.Node) -> bool:
+        """Whether it is known where a movement brings channels: always in a run, which knows sizes."""
+        if self.run or paths.joins_channels(node):
+            return True
+        return paths.flattens(node) and all(isinstance(self._map(o), nn.Linear) for o in self._origins(_input(node)))
+
+    # --- which channel is where ---
+
+    def _shares_before(self, layer: nn.Module, modules: Sequence[nn.Module]) -> tuple[Share, ...] | str:
+        if not self.run:
+            return self._believed_before(layer)
+        shares: dict[nn.Module, list[Tensor | None]] = {module: [] for module in modules}
+        for call in self.calls[layer]:
+            if self._directly(call):
+                (origin,) = self._origins(_input(call))
+                module = self._called(origin)
+                if paths.channel_axis(origin.meta["shape"], module) != 1:
+                    return self._other_axis(module)
+                shares[module].append(None)
+                continue
+            origins = list(dict.fromkeys(self._origins(_input(call))))
+            starts, tags = {}, 0
+            for origin in origins:
+                axis = paths.channel_axis(origin.meta["shape"], self._called(origin))
+                starts[origin] = tags, axis
+                tags += origin.meta["shape"][axis]
+            values = {o: paths.tagged(o.meta["shape"], axis, first) for o, (first, axis) in starts.items()}
+            end = paths.replayed(_input(call), values, self._hands_on)
+            _, channels = paths.channels_between(end, 1, tags)
+            for origin, (first, axis) in starts.items():
+                own = channels[first : first + origin.meta["shape"][axis]]
+                if (own == -2).any():
+                    return self._other_axis(self._called(origin))
+                shares[self._called(origin)].append(own)
+        return self._shares(shares)
+
+    def _share_after(self, layer: nn.Module, module: nn.Module) -> tuple[Share, ...] | str:
+        if not self.run:
+            return self._believed(layer, self.calls[layer][0], [module])
+        found: list[Tensor | None] = []
+        for call in self.calls[module]:
+            given = _input(call)
+            shape = given.meta["shape"]
+            axis = paths.channel_axis(shape, module)
+            if self._directly(call):
+                if axis != 1:
+                    return self._other_axis(module)
+                found.append(None)
+                continue
+            origins = dict.fromkeys(self._origins(given))
+            values = {origin: paths.tagged(origin.meta["shape"], 1, 0) for origin in origins}
+            end = paths.replayed(given, values, self._hands_on)
+            channels, _ = paths.channels_between(end, axis, next(iter(origins)).meta["shape"][1])
+            if (channels < 0).any():
+                return self._other_axis(module)
+            found.append(channels)
+        return self._shares({module: found})
+
+    def _source(self, call: fx.Node) -> fx.Node:
+        """What a call gets, before all that handed it on."""
+        node = _input(call)
+        while self._hands_on(node):
+            node = paths.data_of(node)[0]
+        return node
+
+    def _directly(self, call: fx.Node) -> bool:
+        """Whether nothing moves values on the way to a call."""
+        return not paths.is_movement(self._source(call))
+
+    def _shares(self, found: dict[nn.Module, list[Tensor | None]]) -> tuple[Share, ...] | str:
+        """What all calls agree on; a channel that one of them does not use may be any there."""
+        shares = []
+        for module, (channels, *others) in found.items():
+            for other in others:
+                if channels is None or other is None:
+                    agreed = channels is other
+                else:
+                    agreed = bool(((channels == other) | (channels < 0) | (other < 0)).all())
+                    channels = torch.maximum(channels, other)
+                if not agreed:
+                    return f"its channels are others of {self._name(module)} in each call"
+            shares.append(Share(module, channels))
+        return tuple(shares)
+
+    def _other_axis(self, module: nn.Module) -> str:
+        what = "those of {}, which is linear, the last one" if isinstance(module, nn.Linear) else "those of {} are not"
+        return f"its channels are dimension 1, and {what.format(self._name(module))}"
+
+    def _believed_before(self, layer: nn.Module) -> tuple[Share, ...] | str:
+        shares: dict[nn.Module, list[Tensor | None]] = {}
+        for call in self.calls[layer]:
+            found = self._believed(layer, call, list(dict.fromkeys(map(self._called, self._origins(_input(call))))))
+            if isinstance(found, str):
+                return found
+            for module, channels in found:
+                shares.setdefault(module, []).append(channels)
+        return self._shares(shares)
+
+    def _believed(self, layer: nn.Module, call: fx.Node, modules: Sequence[Any]) -> tuple[Share, ...] | str:
+        """What a graph without sizes tells: convolutions are taken to have a batch, linear layers need (N, C)."""
+        given = _input(call)
+        rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self._module, given)
+        ranks = {rank, rank_taken(layer)} - {None}
+        for module in modules:
+            if not ranks and isinstance(module, nn.Linear):
+                return self._unknown_rank(module)
+            if ranks and ranks != {module.weight.dim()}:
+                return self._other_axis(module)
+        return (Share(modules[0]),) if len(modules) == 1 else self._joined(call, modules)
+
+    def _joined(self, call: fx.Node, modules: Sequence[Any]) -> tuple[Share, ...] | str:
+        if len(list(self._origins(_input(call)))) > len(modules):
+            return Unclear(f"where the channels of {' and '.join(map(self._name, modules))} go, {_TELLS}")
+        shares, first = [], 0
+        for module in modules:
+            shares.append(Share(module, torch.arange(first, first + outputs_of(module))))
+            first += outputs_of(module)
+        return tuple(shares)
+
+    def _way(self, node: fx.Node) -> Iterator[fx.Node]:
+        yield node
+        if self._hands_on(node) or (paths.is_movement(node) and self._understood(node)):
+            for given in paths.data_of(node):
+                yield from self._way(given)
+
+    def _unknown_rank(self, linear: nn.Module) -> str:
+        return Unclear(
+            f"its input may be (N, C) or (N, C, L), whose channels are not the features of {self._name(linear)}, which "
+            f"is linear: {_TELLS}"
+        )
+
+    # --- nodes ---
+
+    def _is_map(self, node: fx.Node) -> bool:
+        return self._map(node) is not None
+
+    def _map(self, node: fx.Node) -> nn.Module | None:
+        """The convolution or linear layer that a node calls, if it is one."""
+        called = self._called(node) if node.op == "call_module" else None
+        return called if called is not None and is_linear_map(called) else None
 
     def _called(self, node: fx.Node) -> nn.Module:
         return self._module.get_submodule(str(node.target))
+
+    def _name(self, module: nn.Module) -> str:
+        return str(self.calls[module][0].target)
 
     def _told(self, node: fx.Node) -> str:
         if node.op == "placeholder":
             return "the model's input"
         if node.op == "output":
             return "the model's output"
-        if node.op == "call_module":
-            return type(self._called(node)).__name__
-        return str(getattr(node.target, "__name__", node.target))
+        return type(self._called(node)).__name__ if node.op == "call_module" else paths.name_of(node)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -152,19 +343,3 @@ def _attribute(module: nn.Module, name: str) -> Any:
 def _input(node: fx.Node) -> fx.Node:
     """The node whose value is a call's first argument."""
     return node.all_input_nodes[0]
-
-
-def _flattens(node: fx.Node) -> bool:
-    """Whether a node makes (N, L, C) into (N · L, C)."""
-    if node.target not in ("flatten", torch.flatten):
-        return False
-    given = (*node.args[1:], *node.kwargs.values())
-    return given in ((0, 1), (0, -2))
-
-
-def _silent(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node is only asked for its form."""
-    if user.op == "call_method":
-        like = user.target in _LIKE and len(user.args) > 1 and user.args[0] is not node
-        return like or user.target in _METHODS
-    return user.op == "call_function" and user.target is getattr and user.args[1] in _ATTRIBUTES

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
 from batchnorm.surgery.find import TORCHS, hooked_between
 from batchnorm.surgery.fusing.observe import observed
 from batchnorm.surgery.fusing.rewrite import absorb
 from batchnorm.surgery.fusing.traced import Tracing
+from batchnorm.surgery.tensors import copied
 from batchnorm.surgery.verify import Errors, check
 
 __all__ = ["Fused", "fuse"]
@@ -28,7 +31,8 @@ class Fused:
         fused: for each layer that does more now, by its qualified name, what: "relu", "add", "add + relu", ...
         skipped: for every other batch normalization layer, why not.
         method: for each fused layer, how: "module replaced" (the activation's module made room; no forward changed),
-            "forward rewritten" (see ``rewritten``), or "observed" (as the first, found by running the example inputs).
+            "forward rewritten" (see ``rewritten``), "observed" (as the first, found by running the example inputs), or
+            "its class's own" (another package's class that applied the activation itself, such as timm's).
         rewritten: the names of the modules whose forward is now the one that tracing recorded.
         max_error: the largest difference of an output or a buffer from the original model's on the example inputs,
             relative to the largest value of its tensor; None without example inputs.
@@ -61,7 +65,9 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
 
     A fused layer reads and writes memory once where the original did twice or three times, and keeps less for the
     backward. The copy has the same parameter names, loads the same checkpoints, and can be trained: fuse before
-    building the optimizer, which must hold the copy's parameters. ``batchnorm.revert`` undoes it.
+    building the optimizer, which must hold the copy's parameters. ``batchnorm.revert`` undoes it. If something puts
+    another layer in a fused one's place (SyncBatchNorm, a convolution with the layer folded in), the activation is
+    applied behind it as before.
 
     Layers are found by tracing every module on its own (torch.fx), so that a forward which cannot be traced hides only
     what it does itself; there, with example inputs, activation modules are found by observing a run. Where an
@@ -79,6 +85,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
         The copy, and what was fused and what was left, with the reasons.
 
     Raises:
+        TypeError: if the model was scripted.
         RuntimeError: if the models' results differ; there is no fused model then.
         ValueError: if the example gives no output to compare; from torch, if a lazy layer has seen no input.
 
@@ -87,13 +94,35 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
         >>> print(result)
         >>> optimizer = torch.optim.SGD(result.model.parameters(), lr=0.1)
     """
-    made = copy.deepcopy(model)
-    left = convert(made).skipped
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("the model was scripted, which hides its modules: fuse the original, then script the result")
+    if isinstance(example_inputs, Mapping):  # of whatever class, which nothing need know
+        example_inputs = dict(example_inputs)
+    made = copied(model)
+    left = convert(made).skipped | _scripted(made)
     tracing = Tracing(made, None if example_inputs is None else calls_of(made, example_inputs))
     tracing.run()
     _observe(made, example_inputs, tracing)
+    _adopted(made, tracing)
     errors = None if example_inputs is None else check(model, made, example_inputs)
     return _result(made, tracing, left, errors)
+
+
+def _adopted(model: nn.Module, tracing: Tracing) -> None:
+    """Note the layers whose own class applied an activation behind normalization, which is one pass now."""
+    for layer in model.modules():
+        activation = adopted_activation(layer)
+        if activation is not None and layer not in tracing.fused:
+            tracing.note(layer, activation.name, "its class's own")
+
+
+def _scripted(model: nn.Module) -> dict[str, str]:
+    """The layers that TorchScript has compiled, and why they are left."""
+    return {
+        name: "it was scripted: fuse before torch.jit.script"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name
+    }
 
 
 def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
@@ -115,7 +144,7 @@ def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
         if hooked is not None:
             tracing.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
             continue
-        absorb(model, layer, module, tracing.name(module), activation)
+        absorb(model, tracing.name(layer), tracing.name(module), activation)
         tracing.note(layer, activation.name, "observed")
 
 

@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.activations import Activation, activation_of
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, seeded
+from batchnorm.surgery.example import forward, in_mode, seeded
 from batchnorm.surgery.find import hooks_of, names_of, shadow
+from batchnorm.surgery.tensors import tensors_in
 
 __all__ = ["Witness", "observed", "witnessed"]
 
@@ -74,7 +75,7 @@ class Witness(TorchFunctionMode):
 
     def returned(self, results: Any) -> None:
         """Note that the model gives some outputs of layers away."""
-        for tensor in torch.utils._pytree.tree_leaves(results):
+        for tensor in tensors_in(results):
             if id(tensor) in self._outputs:
                 self._outputs[id(tensor)][2].append("who called the model")
 
@@ -144,7 +145,7 @@ def witnessed(
     witness.attach()
     for training in (True, False):
         with seeded(twin), using("aten"), witness:
-            witness.returned(forward(twin.train(training), inputs))
+            witness.returned(forward(in_mode(twin, training), inputs))
     verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
     return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from batchnorm.activations import Activation, activation_of
+from batchnorm.activations import Activation
 from batchnorm.surgery.find import hooks_of
+from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, is_addition, step
+from batchnorm.surgery.fusing.values import Form, Values
 
-__all__ = ["LEAVES", "Chain", "Form", "Parts", "calls_of_layers", "chain_of", "described", "has_additions"]
+__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described"]
 
 LEAVES = "its output leaves the graph"
 
@@ -30,36 +28,43 @@ class Parts(dict[str, nn.Module]):
         """A submodule's name in the whole model."""
         return self._prefix + name
 
-
-_IN_PLACE: dict[Any, Any] = {torch.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu}
-_METHODS = {"relu": F.relu, "relu_": F.relu}
-_PARAMETER = {"leaky_relu": "negative_slope", "elu": "alpha", "gelu": "approximate"}  # the second argument
-_ADDS = (operator.add, operator.iadd, torch.add)
-_ADDS_IN_PLACE = (operator.iadd, "add_")
-_FRESH = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)  # their results are nobody else's
-
-
-class Form(NamedTuple):
-    """What must agree between the normalized tensor and the residual."""
-
-    shape: torch.Size
-    dtype: torch.dtype
+    def called(self, node: fx.Node) -> Any:
+        """What a node calls: a submodule, a function, or the name of a method."""
+        return self[str(node.target)] if node.op == "call_module" else node.target
 
 
 @dataclass
 class Chain:
-    """One call of a layer, and the nodes that can be fused into it."""
+    """One call of a layer, and the nodes that can be fused into it.
+
+    Attributes:
+        call: of the layer.
+        add: the addition, if there is one.
+        activation: what is applied, if anything is.
+        acts: the nodes that compute the activation.
+        nodes: all that become one call: the layer's, those of the addition and the activation, identities between.
+    """
 
     call: fx.Node
-    residual: fx.Node | None = None
     add: fx.Node | None = None
     activation: Activation | None = None
-    act: fx.Node | None = None
+    acts: list[fx.Node] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
 
     @property
     def last(self) -> fx.Node:
         """The node whose value the fused call will give."""
-        return self.act or self.add or self.call
+        return self.nodes[-1]
+
+    @property
+    def place(self) -> fx.Node:
+        """The node before which all that the fused call reads is known."""
+        return self.call if self.add is None else self.add
+
+    @property
+    def residual(self) -> Any:
+        """What is added: the operand that is not the layer's; what it is may change while others are fused."""
+        return None if self.add is None else next(a for a in self.add.args if a not in self.nodes)
 
     def __str__(self) -> str:
         parts = ["add"] if self.add is not None else []
@@ -77,43 +82,56 @@ def calls_of_layers(graph: fx.Graph, parts: Parts) -> dict[nn.Module, list[fx.No
     return calls
 
 
-def chain_of(call: fx.Node, parts: Parts, forms: Mapping[fx.Node, set[Form]] | None) -> Chain | str:
+def additions_of(calls: dict[nn.Module, list[fx.Node]], parts: Parts) -> dict[fx.Node, list[fx.Node]]:
+    """The additions whose operands layers give, and the calls of these."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for call in (call for several in calls.values() for call in several):
+        user = _only_user(_past_identities(call, parts)[-1])
+        if user is not None and _is_add(user):
+            found.setdefault(user, []).append(call)
+    return found
+
+
+def chain_of(call: fx.Node, parts: Parts, values: Values | None) -> Chain | str:
     """Find what can be fused into a call.
 
     Args:
         call: of a layer without an activation.
         parts: of the module whose graph it is.
-        forms: those that nodes had in example runs; None without examples.
+        values: what the nodes are in example runs; None without examples.
 
     Returns:
         The chain, or the reason why there is none.
     """
-    chain, end = Chain(call), _past_identities(call, parts)
-    reason = _only_user(end, parts)
-    if reason is not None:
-        return reason
-    user = next(iter(end.users))
-    if _is_add(user):
+    chain, nodes = Chain(call), _past_identities(call, parts)
+    user = _only_user(nodes[-1])
+    if user is not None and _is_add(user):
         if len(call.args) + len(call.kwargs) > 1:
             return "it has a residual already"
-        reason = _obstacle_to_adding(call, end, user, parts, forms)
+        reason = _obstacle_to_adding(call, nodes[-1], user, values)
         if reason is not None:
             return reason
-        chain.add, chain.residual = user, _other(user, end)
-        end = _past_identities(user, parts)
-        if len(end.users) != 1:
-            return chain
-        user = next(iter(end.users))
-    chain.activation = _activation(user, end, parts)
-    if chain.activation is not None:
-        chain.act = user
-    if chain.act is None and chain.add is None:
-        if user.op == "output":
-            return LEAVES
-        if user.kwargs.get("residual") is end:
-            return f"it is the residual of {parts.full_name(str(user.target))}"
-        return f"followed by {described(user, parts)}"
-    return chain
+        chain.add, chain.nodes = user, [*nodes, user]
+        nodes += _past_identities(user, parts)
+    chain.activation, chain.acts = _activation(nodes[-1], parts)
+    if chain.acts:
+        if any(clamps(parts.called(node)) for node in chain.acts) and _zero_channels(parts[str(call.target)]):
+            return "weight and bias of a channel are 0, where a clamp's gradient is 1 and that of an activation 0"
+        chain.nodes = [*nodes, *chain.acts]
+    return chain if chain.nodes else _nothing_behind(nodes[-1], parts)
+
+
+def _nothing_behind(end: fx.Node, parts: Parts) -> str:
+    """Why nothing that follows can be fused."""
+    user = _only_user(end)
+    if user is None:
+        readers = " and ".join(described(user, parts) for user in end.users)
+        return f"its output is read by {readers}" if readers else "its output is not used"
+    if user.op == "output":
+        return LEAVES
+    if user.kwargs.get("residual") is end:
+        return f"it is the residual of {parts.full_name(str(user.target))}"
+    return f"followed by {described(user, parts)}"
 
 
 def described(node: fx.Node, parts: Parts) -> str:
@@ -125,119 +143,93 @@ def described(node: fx.Node, parts: Parts) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _only_user(end: fx.Node, parts: Parts) -> str | None:
-    if len(end.users) > 1:
-        return "its output is read by " + " and ".join(described(user, parts) for user in end.users)
-    return None if end.users else "its output is not used"
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _past_identities(node: fx.Node, parts: Parts) -> fx.Node:
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        module = parts[str(user.target)] if user.op == "call_module" else None
-        if type(module) is not nn.Identity or hooks_of(module):
-            break
-        node = user
-    return node
+def _past_identities(node: fx.Node, parts: Parts) -> list[fx.Node]:
+    """A node, and those behind it that hand its value on."""
+    nodes = [node]
+    while True:
+        user = _only_user(nodes[-1])
+        if user is None or not _hands_on(user, parts):
+            return nodes
+        nodes.append(user)
+
+
+def _hands_on(node: fx.Node, parts: Parts) -> bool:
+    if node.op == "call_function" and is_addition(node.target) and not node.kwargs:  # sum() begins with 0 + x
+        return len(node.args) == 2 and any(type(a) in (int, float) and a == 0 for a in node.args)
+    module = parts[str(node.target)] if node.op == "call_module" else None
+    return type(module) is nn.Identity and not hooks_of(module)
 
 
 # --- activations ---
 
 
-def _activation(node: fx.Node, argument: fx.Node, parts: Parts) -> Activation | None:
-    if node.all_input_nodes != [argument]:
+def _activation(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.Node]]:
+    """The activation of a node's value, if that is all that becomes of it, and the nodes that compute it."""
+    formulas: dict[fx.Node, str] = {end: Y}
+    grown = True
+    while grown:
+        grown = False
+        for node in sorted({user for known in formulas for user in known.users} - formulas.keys()):
+            found = _step(node, formulas, parts)
+            if isinstance(found, Activation):
+                within = {*formulas, node}
+                if all(user in within for known in formulas for user in known.users):
+                    return found, [*list(formulas)[1:], node]
+            elif found is not None:
+                formulas[node] = found
+                grown = True
+    return None, []
+
+
+def _step(node: fx.Node, formulas: dict[fx.Node, str], parts: Parts) -> str | Activation | None:
+    if node.op not in ("call_module", "call_function", "call_method") or not formulas.keys() >= {*node.all_input_nodes}:
         return None
-    try:
-        if node.op == "call_module":
-            module = parts[str(node.target)]
-            return None if hooks_of(module) or "forward" in vars(module) else activation_of(module)
-        if node.op == "call_method":
-            return activation_of(_METHODS.get(str(node.target)))
-        if node.op == "call_function":
-            return _with_parameter(activation_of(_IN_PLACE.get(node.target, node.target)), node)
-    except TypeError:
-        pass
-    return None
+    called = parts.called(node)
+    if isinstance(called, nn.Module) and (hooks_of(called) or "forward" in vars(called)):
+        return None
+    target = node.all_input_nodes[0]
+    if in_place(called, node.args, node.kwargs) and any(user > node for user in target.users if user is not node):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda a: formulas[a])
+    return step(called, args, kwargs)
 
 
-def _with_parameter(known: Activation | None, node: fx.Node) -> Activation | None:
-    keyword = None if known is None else _PARAMETER.get(known.name)
-    if known is None or keyword is None:
-        return known
-    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(keyword)
-    if given is None:
-        return known
-    if known.name == "gelu":
-        return Activation("gelu_tanh" if given == "tanh" else "gelu")
-    return Activation(known.name, float(given))
+def _zero_channels(layer: Any) -> bool:
+    """Whether the output is exactly 0 in a channel, as it is where training starts from zeros."""
+    if layer.weight is None:
+        return False
+    return bool(((layer.weight == 0) & (True if layer.bias is None else layer.bias == 0)).any())
 
 
 # --- additions ---
 
 
-def has_additions(graph: fx.Graph) -> bool:
-    """Whether anything is added to anything."""
-    return any(_is_add(node) for node in graph.nodes)
-
-
 def _is_add(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        known = node.target in _ADDS
-    else:
-        known = node.op == "call_method" and node.target in ("add", "add_")
+    known = node.op in ("call_function", "call_method") and is_addition(node.target)
     return known and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not node.kwargs
 
 
-def _other(add: fx.Node, end: fx.Node) -> fx.Node:
-    return next(a for a in add.args if a is not end)  # type: ignore[return-value]
-
-
-def _obstacle_to_adding(
-    call: fx.Node, end: fx.Node, add: fx.Node, parts: Parts, forms: Mapping[fx.Node, set[Form]] | None
-) -> str | None:
+def _obstacle_to_adding(call: fx.Node, end: fx.Node, add: fx.Node, values: Values | None) -> str | None:
     if add.args[0] is add.args[1]:
         return "it is added to itself"
-    residual = _other(add, end)
-    if forms is None:
+    residual: Any = next(a for a in add.args if a is not end)
+    if values is None:
         return "an addition needs example_inputs, which tell the shapes"
-    ours, theirs = forms.get(end, set()), forms.get(residual, set())
+    ours, theirs = values.forms(end), values.forms(residual)
     if not ours or not theirs:
         return "the example_inputs do not reach its addition"
     if len(ours) > 1 or ours != theirs:
         return f"its output and the residual differ: {_listed(ours)} and {_listed(theirs)}"
-    if add.target in _ADDS_IN_PLACE and add.args[0] is residual:
-        fresh = residual.op == "call_module" and isinstance(parts[str(residual.target)], _FRESH)
-        if len(residual.users) > 1 or not fresh:
-            return "it is added in place into a tensor that others may read"
-    return _obstacle_to_waiting(call, add, parts)
+    if values.overwritten(call):
+        return "its input is overwritten between it and the addition"
+    if add.args[0] is residual and in_place(add.target, add.args, add.kwargs) and values.shared(add):
+        return "it is added in place into a tensor that others read"
+    return None
 
 
 def _listed(forms: set[Form]) -> str:
     return " or ".join(sorted(f"{tuple(form.shape)} {str(form.dtype).removeprefix('torch.')}" for form in forms))
-
-
-def _obstacle_to_waiting(call: fx.Node, add: fx.Node, parts: Parts) -> str | None:
-    """Why the call cannot be made where the addition is: what it reads may have been overwritten by then."""
-    node = call.next
-    while node is not add:
-        target = _overwritten(node, parts)
-        fresh = target is not None and target.op == "call_module" and isinstance(parts[str(target.target)], _FRESH)
-        if target is not None and (not fresh or target in call.all_input_nodes):
-            return f"{described(node, parts)} works in place between it and the addition"
-        node = node.next
-    return None
-
-
-def _overwritten(node: fx.Node, parts: Parts) -> fx.Node | None:
-    """What a node writes into, if anything."""
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else str(node.target)
-    if node.op == "call_module":
-        in_place = bool(getattr(parts[name], "inplace", False))
-    elif node.op in ("call_function", "call_method"):
-        ends_so = name.endswith("_") and not name.endswith("__")
-        augmented = node.op == "call_function" and getattr(operator, name, None) is node.target and name.startswith("i")
-        in_place = ends_so or name in ("setitem", "__setitem__") or augmented or bool(node.kwargs.get("inplace"))
-        in_place = in_place or any(a is True for a in node.args)  # F.relu(x, True)
-    else:
-        in_place = False
-    return next(iter(node.all_input_nodes), None) if in_place else None

@@ -3,47 +3,129 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 
+from batchnorm.activations import Activation, applied
+from batchnorm.epilogue import WithEpilogue, applies, as_calls
 from batchnorm.surgery.fusing.patterns import Chain
 
-__all__ = ["Absorbed", "Rewritten", "absorb", "rewrite"]
+__all__ = ["Absorbed", "Rewritten", "absorb", "let_go", "restore", "rewrite"]
 
 
 class Absorbed(nn.Identity):
     """Stands where an activation was that a batch normalization layer now applies.
 
+    At every call it looks whether the layer still does: tools of other packages put another layer in its place, which
+    only normalizes. Then the activation is applied here.
+
     Attributes:
-        original: the activation's module.
-        layer: the batch normalization layer. Both are in tuples, so that they do not count as submodules.
+        original: the activation's module, in a tuple, so that it does not count as a submodule.
+        activation: what it computes.
     """
 
-    def __init__(self, original: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, original: nn.Module, activation: Activation, owner: nn.Module, path: Sequence[str]) -> None:
+        """Make room for an activation.
+
+        Args:
+            original: the activation's module.
+            activation: what it computes.
+            owner: a module that contains both.
+            path: where in it the layer is. All of this is held weakly: a model owns its parts, not the reverse.
+        """
         super().__init__()
-        self.original, self.layer = (original,), (layer,)
+        self.original, self.activation = (original,), activation
         self.training = original.training
+        self._path = tuple(path)
+        self._owner = weakref.ref(owner)
+        self._layer = weakref.ref(owner.get_submodule(".".join(path)))
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The batch normalization layer; None if it is gone."""
+        return self._layer()
+
+    def is_spared(self) -> bool:
+        """Whether the layer still applies the activation."""
+        owner, place = self._owner(), None
+        if owner is None:  # the model was taken apart: who uses the layer keeps it alive
+            return self._layer() is not None
+        place = owner
+        for key in self._path:
+            place = place._modules.get(key)
+            if place is None:
+                break
+        if isinstance(place, WithEpilogue):
+            return place.activation == self.activation
+        return self._is_elsewhere(owner) or (place is not None and applies(place, self.activation))
+
+    def _is_elsewhere(self, owner: nn.Module) -> bool:
+        """Whether the layer is in the model under another name, such as that of a wrapper around it."""
+        layer = self._layer()
+        return layer is not None and applies(layer, self.activation) and any(m is layer for m in owner.modules())
 
     def extra_repr(self) -> str:
         """Say what it stands for."""
         return f"{self.original[0]}"
 
     def forward(self, input: Tensor) -> Tensor:
-        """Nothing is left to do."""
-        return input
+        """Nothing is left to do, as long as the layer does it."""
+        return input if self.is_spared() else applied(self.activation, input)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript needs no memory of the activation."""
-        return nn.Identity()
+        """TorchScript needs no memory of the activation, or the activation itself."""
+        return nn.Identity() if self.is_spared() else self.original[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": self._owner(), "_layer": self._layer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._owner, self._layer = _reference(self._owner), _reference(self._layer)  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self._owner()) not in memo:  # copied alone, it serves the same model
+            memo.update({id(t): t for t in (self._owner(), self._layer()) if t is not None})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
 
-def absorb(model: nn.Module, layer: Any, activation: nn.Module, name: str, known: Any) -> None:
-    """Let a layer apply an activation, whose module (with this one name in the model) makes room."""
-    layer.activation = known
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, Absorbed(activation, layer))
+def _reference(module: nn.Module | None) -> Any:
+    return _gone if module is None else weakref.ref(module)
+
+
+def _gone() -> None:
+    """Stand for a reference to what is no longer there."""
+
+
+def take_on(layer: Any, activation: Activation) -> None:
+    """Let a layer apply an activation that the model asks for behind it."""
+    layer.activation, layer._watched = activation, True
+
+
+def let_go(layer: nn.Module | None) -> None:
+    """Let a layer only normalize again, if it is there, and one of ours."""
+    for attribute in ("activation", "_watched"):
+        if isinstance(layer, WithEpilogue):
+            vars(layer).pop(attribute, None)
+
+
+def absorb(model: nn.Module, layer_name: str, name: str, known: Activation) -> None:
+    """Let a layer apply an activation, whose module makes room; each has this one name in the model."""
+    layer: Any = model.get_submodule(layer_name)
+    take_on(layer, known)
+    around, path, place = model, layer_name.split("."), name.split(".")
+    while path[0] == place[0] and len(path) > 1 and len(place) > 1:  # to the smallest module that contains both
+        around, path, place = around.get_submodule(path[0]), path[1:], place[1:]
+    made = Absorbed(around.get_submodule(".".join(place)), known, around, path)
+    setattr(around.get_submodule(".".join(place[:-1])), place[-1], made)
 
 
 class Rewritten(nn.Module):
@@ -54,9 +136,15 @@ class Rewritten(nn.Module):
     _activated: ClassVar[tuple[str, ...]]  # those among them that apply an activation
 
     def __reduce__(self) -> Any:
-        # A graph does not pickle; a GraphModule does, as its source.
-        carrier = fx.GraphModule(self, copy.deepcopy(self._graph))
-        return _unpickled, (type(self).__mro__[2], carrier, self._layers, self._activated), self.__dict__
+        # A graph does not pickle; a GraphModule does, as its source, which is traced again.
+        carrier = fx.GraphModule(_placeholders(self, self._graph), copy.deepcopy(self._graph))
+        return _blank, (type(self).__mro__[2],), {**self.__dict__, "_pickled": (carrier, self._layers, self._activated)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        carrier, layers, activated = state.pop("_pickled")
+        super().__setstate__(state)
+        made: Any = _rewritten(type(self).__mro__[2], carrier, layers, activated)
+        self.__class__ = made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
@@ -73,23 +161,31 @@ class Rewritten(nn.Module):
 
 
 def rewrite(module: nn.Module, graph: fx.Graph, chains: Sequence[Chain]) -> None:
-    """Fuse the chains of a module's graph and make the graph its forward.
+    """Fuse the chains of a module's graph and make the graph its forward; if that fails, nothing has changed.
 
     The module keeps its identity, submodules, attributes, hooks and methods: it becomes a subclass of its class.
     """
     layers = {str(chain.call.target) for chain in chains}
     activated = {str(chain.call.target) for chain in chains if chain.activation is not None}
-    for chain in chains:
-        layer: Any = module.get_submodule(str(chain.call.target))
-        layer.activation = chain.activation
-        _fuse(graph, chain)
-    graph = _plain(graph)
+    kind = type(module)
     if isinstance(module, Rewritten):
         layers, activated = layers | set(module._layers), activated | set(module._activated)
-        restore(module)
-    module.__class__ = _rewritten(
-        type(module), fx.GraphModule(module, graph), tuple(sorted(layers)), tuple(sorted(activated))
-    )
+        kind = kind.__mro__[2]
+    taken: list[nn.Module] = []
+    try:
+        for chain in chains:
+            layer: Any = module.get_submodule(str(chain.call.target))
+            if chain.activation is not None and layer.activation is None:
+                take_on(layer, chain.activation)
+                taken.append(layer)
+            _fuse(graph, chain)
+        as_calls(graph, module)
+        made = _rewritten(kind, fx.GraphModule(module, _plain(graph)), tuple(sorted(layers)), tuple(sorted(activated)))
+    except BaseException:
+        for layer in taken:
+            let_go(layer)
+        raise
+    module.__class__ = made
 
 
 def _plain(graph: fx.Graph) -> fx.Graph:
@@ -108,17 +204,14 @@ def restore(module: nn.Module) -> None:
 
 
 def _fuse(graph: fx.Graph, chain: Chain) -> None:
-    residual = {} if chain.residual is None else {"residual": chain.residual}
-    with graph.inserting_before(chain.last):
+    """Put one call in the place of a chain's nodes: where the residual is known, or else where the layer was called."""
+    residual = {} if chain.add is None else {"residual": chain.residual}
+    with graph.inserting_before(chain.place):
         fused = graph.call_module(str(chain.call.target), chain.call.args, {**chain.call.kwargs, **residual})
     fused.meta = dict(chain.call.meta)
-    node = chain.last
-    node.replace_all_uses_with(fused)
-    while node is not chain.call:  # from the end to the call, over the identities between
-        before = next(a for a in node.all_input_nodes if a is not chain.residual)
+    chain.last.replace_all_uses_with(fused)
+    for node in reversed(chain.nodes):
         graph.erase_node(node)
-        node = before
-    graph.erase_node(node)
 
 
 def _rewritten(
@@ -136,8 +229,18 @@ def _rewritten(
     return type(kind.__name__, (Rewritten, kind), body)
 
 
-def _unpickled(
-    kind: type[nn.Module], carrier: fx.GraphModule, layers: tuple[str, ...], activated: tuple[str, ...]
-) -> nn.Module:
-    made = _rewritten(kind, carrier, layers, activated)
-    return made.__new__(made)
+def _placeholders(module: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    """Something of the same kind for all that a graph of a module names."""
+    named = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    parts = {name: attrgetter(name)(module) for name in named}
+    return {
+        name: nn.Identity() if isinstance(part, nn.Module) else nn.Parameter(torch.empty(0))
+        for name, part in parts.items()
+    }
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """Begin to unpickle a module, whose class depends on its state."""
+    made: Any = type(kind.__name__, (Rewritten, kind), {})
+    blank: nn.Module = made.__new__(made)
+    return blank

@@ -6,7 +6,8 @@ import inspect
 import operator
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from batchnorm.surgery.find import is_batch_norm, shadow
 from batchnorm.surgery.line import is_linear_map
 
-__all__ = ["UntraceableError", "is_container", "takes_fixed_arguments", "trace"]
+__all__ = ["UntraceableError", "is_container", "refusing", "takes_fixed_arguments", "trace"]
 
 Leaf = Callable[[nn.Module], bool]
 
@@ -24,10 +25,22 @@ class UntraceableError(Exception):
     """A forward that a graph cannot stand for; the message says why."""
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn whatever is raised inside, by user code perhaps, into the reason why a module must be left alone."""
+    try:
+        yield
+    except (UntraceableError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
+
+
 def is_container(module: nn.Module) -> bool:
     """Whether a module is not a building block of torch.nn, and so may be looked into."""
     return isinstance(module, nn.Sequential) or not (
-        type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        type(module).__module__.startswith(("torch.nn", "torch.ao.nn", "torch.jit"))
         or is_batch_norm(module)
         or is_linear_map(module)
     )
@@ -40,7 +53,7 @@ def takes_fixed_arguments(module: nn.Module) -> bool:
     return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False)) -> fx.Graph:
+def trace(module: nn.Module, leaf: Leaf, modes: Sequence[bool] = (True, False), to_run: bool = False) -> fx.Graph:
     """Record what a module's forward does with its arguments.
 
     Tracing runs the forward once and believes what happened. So it runs twice, in training with gradients and in
@@ -50,54 +63,60 @@ def trace(module: nn.Module, leaf: Leaf, modes: tuple[bool, bool] = (True, False
         module: it is left as it was.
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
         modes: in which modes to run it, training (True) or evaluation, where one of them alone is asked about.
+        to_run: whether the graph will be the module's forward, so that what is returned must be of its own class.
 
     Raises:
         UntraceableError: with the reason.
     """
     graphs = []
-    for training in modes:
-        try:
-            twin, parts = shadow(module)
-        except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
-            raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
-        for part in twin.modules():
-            part.training = training
-        before = {part: dict(vars(part)) for part in parts}
-        with torch.set_grad_enabled(training):
-            graphs.append(_traced(twin, _through(parts, leaf)))
-        if any(not _same(vars(part), attributes) for part, attributes in before.items()):
-            raise UntraceableError("its forward sets attributes")
-    if str(graphs[0]) != str(graphs[1]):
+    with refusing():
+        for training in modes:
+            graphs.append(_traced(module, leaf, training, to_run))
+    if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
     return graphs[0]
 
 
-def _through(parts: dict[nn.Module, nn.Module], leaf: Leaf) -> Leaf:
-    return lambda part: leaf(parts[part])
-
-
-def _traced(module: nn.Module, leaf: Leaf) -> fx.Graph:
+def _traced(module: nn.Module, leaf: Leaf, training: bool, to_run: bool) -> fx.Graph:
+    try:
+        twin, parts = shadow(module)
+    except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
+        raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
+    for part in twin.modules():
+        part.training = training
+    before = {part: _attributes(part) for part in parts if not isinstance(part, torch.jit.ScriptModule)}
     draws = torch.get_rng_state(), random.getstate()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")  # they will come when the model runs
-            graph = _Tracer(leaf).trace(module)
-    except UntraceableError:
-        raise
-    except Exception as error:  # whatever a forward does when it is given no tensors
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
+            graph = _Tracer(lambda part: leaf(parts[part]), to_run).trace(twin)
     finally:
         drawn = not torch.equal(draws[0], torch.get_rng_state()) or draws[1] != random.getstate()
         torch.set_rng_state(draws[0])
         random.setstate(draws[1])
     if drawn:
         raise UntraceableError("it draws random numbers that are no function of its input")
+    if any(not _same(_attributes(part), attributes) for part, attributes in before.items()):
+        raise UntraceableError("its forward sets attributes")
     return graph
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds, and what the lists and dicts among that hold."""
+    return {name: (value, _contents(value)) for name, value in vars(module).items()}
+
+
+def _contents(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, (list, set)) else []
+
+
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+    if now.keys() != before.keys():
+        return False
+    pairs = [(now[name], before[name]) for name in now]
+    return all(a[0] is b[0] and [*map(id, a[1])] == [*map(id, b[1])] for a, b in pairs)
 
 
 class _Proxy(fx.Proxy):
@@ -113,14 +132,25 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
+_CONTAINERS = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, leaf: Leaf) -> None:
+    knows_epilogues = True  # a call of a fused layer is recorded as what it is, a call of the layer
+
+    def __init__(self, leaf: Leaf, to_run: bool) -> None:
         super().__init__()
-        self._leaf = leaf
+        self._leaf, self._to_run = leaf, to_run
         self._surroundings = _surroundings()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        made_on_the_way = m not in (self.submodule_paths or ())  # as in nn.ReLU()(x)
+        if made_on_the_way and not [*m.parameters(), *m.buffers()]:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -131,6 +161,8 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if self._to_run and isinstance(a, (dict, list)) and type(a) not in _CONTAINERS:
+            raise UntraceableError(f"it makes a {type(a).__name__}, whose class a graph does not keep")
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
         if not known and all(a is not buffer for buffer in self.root.buffers()):
             raise UntraceableError("it makes a tensor that is no function of its input")

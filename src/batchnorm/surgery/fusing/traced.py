@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from batchnorm.surgery.example import Calls, forms_of
+from batchnorm.surgery.example import Calls
 from batchnorm.surgery.find import TORCHS, hooks_of, is_batch_norm, names_of
-from batchnorm.surgery.fusing.patterns import LEAVES, Chain, Parts, calls_of_layers, chain_of
+from batchnorm.surgery.fusing.patterns import LEAVES, Chain, Parts, additions_of, calls_of_layers, chain_of
 from batchnorm.surgery.fusing.rewrite import absorb, rewrite
-from batchnorm.surgery.fusing.trace import Leaf, UntraceableError, is_container, takes_fixed_arguments, trace
+from batchnorm.surgery.fusing.trace import Leaf, UntraceableError, is_container, refusing, takes_fixed_arguments, trace
+from batchnorm.surgery.fusing.values import Values
 
 __all__ = ["Tracing"]
 
@@ -30,7 +31,7 @@ class Tracing:
         rewritten: the modules whose forward was replaced.
     """
 
-    def __init__(self, model: nn.Module, calls: Calls | None, modes: tuple[bool, bool] = (True, False)) -> None:
+    def __init__(self, model: nn.Module, calls: Calls | None, modes: Sequence[bool] = (True, False)) -> None:
         self.fused: dict[nn.Module, str] = {}
         self.methods: dict[nn.Module, str] = {}
         self.reasons: dict[nn.Module, str] = {}
@@ -39,6 +40,8 @@ class Tracing:
         self._model, self._calls, self._names, self._modes = model, calls, names_of(model), modes
         self._opaque: dict[nn.Module, str] = {}  # what cannot be traced, and why
         self._blind: dict[nn.Module, str] = {}  # what can be traced from outside only
+        self._stale: set[nn.Module] = set()  # whose graph was recorded before something in it changed
+        self._closed: set[nn.Module] = set()  # layers of which all readers have been seen
         self._graphs: dict[nn.Module, tuple[fx.Graph, Leaf]] = {}
         self._seen_in: dict[nn.Module, nn.Module] = {}  # the outermost module whose graph has the layer
         self._with_layers = {m for m in self._names if any(is_batch_norm(part) for part in m.modules())}
@@ -113,7 +116,20 @@ class Tracing:
         def closed(part: nn.Module) -> bool:
             return not is_container(part) or part in self._opaque or hooks_of(part) or "forward" in vars(part)
 
-        return [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: True]
+        leaves: list[Leaf] = [closed, lambda part: closed(part) or part not in self._with_layers, lambda part: True]
+        return [self._harmless(leaf) for leaf in leaves]
+
+    def _harmless(self, leaf: Leaf) -> Leaf:
+        """Refuse a graph that would not see what a call of a part does to a list or dict."""
+        writing = set() if self._calls is None else self._calls.writing
+
+        def checked(part: nn.Module) -> bool:
+            found = leaf(part)
+            if found and part in writing:
+                raise UntraceableError(f"{self.name(part)}, which cannot be traced, writes into what it is given")
+            return found
+
+        return checked
 
     def _called(self, inwards: Sequence[nn.Module]) -> set[nn.Module]:
         """Modules whose forward runs: a part of another one may also be used for its parts or its other methods."""
@@ -131,9 +147,24 @@ class Tracing:
     # --- one module ---
 
     def _visit(self, module: nn.Module) -> None:
+        """Fuse in one module what its graph shows; whatever goes wrong there is a reason to leave it, and no more."""
+        layers = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+        if self._closed.issuperset(layers):
+            return  # an outer module sees no more of these
+        try:
+            with refusing():
+                self._fuse_within(module)
+        except UntraceableError as error:
+            self._opaque[module] = str(error)
+            self._changed(module)
+            for layer in [layer for layer, seen in self._seen_in.items() if seen is module]:
+                del self._seen_in[layer]
+                self.reasons.pop(layer, None)
+
+    def _fuse_within(self, module: nn.Module) -> None:
         graph, leaf = self._graphs[module]
-        if self.fused:  # its parts may have changed
-            graph = trace(module, leaf)
+        if module in self._stale:
+            graph = trace(module, leaf, self._modes[-1:])
         found = self._chains(module, graph)
         for layer in list(found):
             if self._absorbed(module, graph, layer, found[layer]):
@@ -141,59 +172,91 @@ class Tracing:
         if found:
             self._rewrite(module, leaf, found)
 
+    def _changed(self, module: nn.Module) -> None:
+        """Note that graphs with this module inside tell no more what it does."""
+        for name in self._names[module]:
+            while name:
+                name = name.rpartition(".")[0]
+                self._stale.add(self._model.get_submodule(name))
+
     def _chains(self, module: nn.Module, graph: fx.Graph) -> Found:
         parts = Parts(module, self.name(module))
-        forms = None if self._calls is None else forms_of(module, graph, self._calls.get(module, []))
         calls = calls_of_layers(graph, parts)
+        values = None
+        if self._calls is not None:
+            values = Values(module, graph, self._calls.get(module, []), additions_of(calls, parts))
         found: Found = {}
         claimed: dict[fx.Node, nn.Module] = {}
         for layer in reversed(calls):  # the last of an addition's operands takes the other one as its residual
             self._seen_in[layer] = module
-            reason = self.obstacle(layer)
-            chains = [chain_of(call, parts, forms) for call in calls[layer]] if reason is None else []
-            reason = next((chain for chain in chains if isinstance(chain, str)), reason)
-            good = [chain for chain in chains if isinstance(chain, Chain)]
-            if reason is None and len({chain.activation for chain in good}) > 1:
-                reason = "it is called several times, with different things behind it"
-            taken = next((claimed[chain.add] for chain in good if chain.add in claimed), None)
-            if reason is None and taken is not None:
-                reason = f"it is the residual of {self.name(taken)}"
-            if reason is not None:
-                if layer not in self.fused:
-                    self.reasons[layer] = reason
-                continue
-            claimed.update({chain.add: layer for chain in good if chain.add is not None})
-            found[layer] = good
+            chains = self._chains_of(layer, calls[layer], parts, values, claimed)
+            if not isinstance(chains, str):
+                claimed.update({chain.add: layer for chain in chains if chain.add is not None})
+                found[layer] = chains
+            elif layer not in self.fused:
+                self.reasons[layer] = chains
+            leaves = chains == LEAVES or any(_leaves(chain) for chain in chains if isinstance(chain, Chain))
+            (self._closed.discard if leaves else self._closed.add)(layer)
         return found
+
+    def _chains_of(
+        self,
+        layer: nn.Module,
+        calls: Sequence[fx.Node],
+        parts: Parts,
+        values: Values | None,
+        claimed: dict[fx.Node, nn.Module],
+    ) -> list[Chain] | str:
+        """What can be fused into a layer, the same at each of its calls; or why nothing can."""
+        reason = self.obstacle(layer)
+        if reason is not None:
+            return reason
+        chains: list[Chain] = []
+        for call in calls:
+            chain = chain_of(call, parts, values)
+            if isinstance(chain, str):
+                return chain
+            if chain.add in claimed:
+                return f"it is the residual of {self.name(claimed[chain.add])}"
+            chains.append(chain)
+        if len({chain.activation for chain in chains}) > 1 or len({chain.last for chain in chains}) < len(chains):
+            return "it is called several times, with different things behind it"
+        if chains != sorted(chains, key=lambda chain: chain.place):
+            return "it is called several times, and its calls would change places"
+        return chains
 
     # --- two ways to fuse ---
 
     def _absorbed(self, module: nn.Module, graph: fx.Graph, layer: nn.Module, chains: Sequence[Chain]) -> bool:
         """Replace the activation's module, if nothing else uses it: no forward need change."""
-        acts = {chain.act for chain in chains}
-        path = _innermost(chains[0].act)
-        if path is None or any(chain.add is not None for chain in chains):
+        acts = {node for chain in chains for node in chain.acts}
+        path = min(map(_innermost, acts), key=len, default="")
+        known = chains[0].activation
+        if not path or known is None or any(chain.add is not None for chain in chains):
             return False
         activation = module.get_submodule(path)
         name = self.sole_name(activation)
-        inside = {node for node in graph.nodes if path in _paths(node)}
+        inside = {node for node in graph.nodes if path in _paths(node) or _is_around(node, path)}
         if name is None or inside != acts or activation.state_dict() or not _takes_one_argument(activation):
             return False
-        absorb(self._model, layer, activation, name, chains[0].activation)
+        absorb(self._model, self.name(layer), name, known)
+        self._changed(activation)
         self.note(layer, chains[0], "module replaced")
         return True
 
     def _rewrite(self, module: nn.Module, leaf: Leaf, found: Found) -> None:
         """Replace the module's forward by its graph, in which the calls of other parts stay calls."""
         within = {part for chains in found.values() for chain in chains for part in _inside(module, chain)}
-        holding = {part for part in module.modules() if any(True for _ in part.parameters())}
-        graph = trace(module, lambda part: leaf(part) or (part in holding and part not in within))
+        writing = set() if self._calls is None else self._calls.writing
+        called = {part for part in module.modules() if any(True for _ in part.parameters())} - within - writing
+        graph = trace(module, lambda part: leaf(part) or part in called, self._modes[-1:], to_run=True)
         again = self._chains(module, graph)
         chains = [chain for layer in found for chain in again.get(layer, [])]
         if not chains:
             return
         rewrite(module, graph, chains)
         self.rewritten.append(module)
+        self._changed(module)
         for layer in found:
             if layer in again:
                 self.note(layer, again[layer][0], "forward rewritten")
@@ -202,7 +265,7 @@ class Tracing:
 
     def _explain(self, layer: nn.Module) -> None:
         seen = self._seen_in.get(layer)
-        if seen is None or self.reasons.get(layer) == LEAVES:
+        if seen is None or self.reasons.get(layer) in (None, LEAVES):
             self.reasons.pop(layer, None)
             if seen is self._model:
                 self.reasons[layer] = "its output is the model's"
@@ -225,13 +288,17 @@ class Tracing:
 
 def _inside(module: nn.Module, chain: Chain) -> set[nn.Module]:
     """The submodules whose forwards the chain runs through."""
-    parts = set()
-    node = chain.last
-    while True:
-        parts |= {module.get_submodule(path) for path in _paths(node)}
-        if node is chain.call:
-            return parts
-        node = next(a for a in node.all_input_nodes if a is not chain.residual)
+    return {module.get_submodule(path) for node in chain.nodes for path in _paths(node)}
+
+
+def _leaves(chain: Chain) -> bool:
+    """Whether an activation may follow where the graph ends."""
+    return not chain.acts and any(user.op == "output" for user in chain.last.users)
+
+
+def _is_around(node: fx.Node, path: str) -> bool:
+    """Whether a node calls a module that has the one at the path inside, and may use it."""
+    return node.op == "call_module" and path.startswith(f"{node.target}.")
 
 
 def _paths(node: fx.Node) -> list[str]:
@@ -240,9 +307,8 @@ def _paths(node: fx.Node) -> list[str]:
     return [path for path, _ in stack.values() if path]
 
 
-def _innermost(node: fx.Node | None) -> str | None:
-    paths = [] if node is None else _paths(node)
-    return paths[-1] if paths else None
+def _innermost(node: fx.Node) -> str:
+    return (_paths(node) or [""])[-1]
 
 
 def _takes_one_argument(module: nn.Module) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
 
+from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.find import TORCHS
-from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, restore
+from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, let_go, restore
 
 __all__ = ["undo"]
 
@@ -23,7 +25,7 @@ def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:
     """
     names = {module: name for name, module in model.named_modules()}
     rewritten = [module for module in names if isinstance(module, Rewritten)]
-    owned = {module.layer[0] for module in names if isinstance(module, Absorbed)}
+    owned = {module.layer for module in names if isinstance(module, Absorbed) and module.layer in names}
     owned |= {part for module in rewritten for part in _parts(module, module._activated)}
     undone: dict[str, str] = {}
     staying: dict[nn.Module, str] = {}
@@ -33,16 +35,21 @@ def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:
             staying.update(dict.fromkeys(_parts(module, module._layers), reason))
             continue
         for layer in _parts(module, module._activated):
-            vars(layer).pop("activation")
+            let_go(layer)
         restore(module)
         undone[names[module]] = type(module).__name__
     for parent in names:
         for key, child in parent._modules.items():
-            if isinstance(child, Absorbed) and child.layer[0] in names and child.layer[0] not in staying:
-                vars(child.layer[0]).pop("activation", None)
-                parent._modules[key] = child.original[0].train(child.training)
+            if isinstance(child, Absorbed) and _free(child, names, staying):
+                let_go(child.layer)
+                parent._modules[key] = in_mode(child.original[0], child.training)
                 undone[names[child]] = type(child.original[0]).__name__
     return undone, staying
+
+
+def _free(place: Absorbed, names: Container[nn.Module], staying: Container[nn.Module]) -> bool:
+    """Whether an activation can be given back: the layer lets go of it, or does not apply it any more."""
+    return not place.is_spared() or (place.layer in names and place.layer not in staying)
 
 
 def _parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:

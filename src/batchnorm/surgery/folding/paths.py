@@ -1,0 +1,161 @@
+"""What only hands a tensor on, or moves its values, and where each channel goes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from batchnorm.surgery.find import hooks_of
+
+__all__ = [
+    "asks", "channel_axis", "channels_between", "data_of", "flattens", "hands_on_module", "is_identity", "is_movement",
+    "joins_channels", "name_of", "replayed", "tagged",
+]  # fmt: skip
+
+# What hands on in evaluation what it is given.
+_IDENTITIES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_SAME = frozenset(("contiguous", "clone", "detach", "alias"))
+# What hands on where the dtype is that already, which a run tells.
+_CASTS = frozenset(("to", "type_as", "float", "double", "half", "bfloat16"))
+_JOINED = frozenset(("cat", "concat", "concatenate"))
+_MOVED = frozenset(
+    ("flatten", "unflatten", "view", "reshape", "view_as", "reshape_as", "transpose", "swapaxes", "swapdims", "permute",
+     "movedim", "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "narrow", "getitem",
+     "__getitem__", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+)  # fmt: skip
+# What asks a tensor for its form alone.
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
+_METHODS = ("size", "dim")
+_LIKE = ("reshape_as", "view_as", "expand_as", "type_as")
+
+
+def hands_on_module(module: nn.Module, training: bool = False) -> bool:
+    """Whether a module gives what it is given, in evaluation, or in training, too."""
+    kinds = (nn.Identity,) if training else _IDENTITIES
+    return type(module) in kinds and not hooks_of(module)
+
+
+def joins_channels(node: fx.Node) -> bool:
+    """Whether a node concatenates along dimension 1."""
+    if node.op != "call_function" or name_of(node) not in _JOINED:
+        return False
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return bool(dim == 1)
+
+
+def flattens(node: fx.Node) -> bool:
+    """Whether a node makes (N, L, C) into (N · L, C)."""
+    given = (*node.args[1:], *node.kwargs.values())
+    return node.target in ("flatten", torch.flatten) and given in ((0, 1), (0, -2))
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of a function or a method that a node calls."""
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether a call of a function or a method gives in evaluation what it is given."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _DROPOUTS:
+        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+        return training is False
+    name = name_of(node)
+    if name in _CASTS:
+        given = node.args[0].meta if node.args and isinstance(node.args[0], fx.Node) else {}
+        return "shape" in node.meta and all(given.get(key) == node.meta[key] for key in ("shape", "dtype"))
+    return name in _SAME
+
+
+def is_movement(node: fx.Node) -> bool:
+    """Whether a call gives the values of its arguments, each at other places; or a choice of them."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    if name in _JOINED:
+        return True
+    if (
+        name not in _MOVED or not node.args or any(isinstance(a, torch.dtype) for a in node.args)
+    ):  # bits as other numbers
+        return False
+    others: list[fx.Node] = []  # an index that was computed
+    fx.node.map_arg((node.args[1:], node.kwargs), others.append)
+    return name in _LIKE or all("shape" not in other.meta for other in others)
+
+
+def data_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an identity or a movement gives on."""
+    if node.op != "call_module" and name_of(node) in _JOINED:
+        return list(node.all_input_nodes)
+    return [node.all_input_nodes[0]]
+
+
+def asks(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user only asks a node's value for its form."""
+    if user.op == "call_function" and user.target is getattr:
+        return user.args[1] in _ATTRIBUTES
+    if user.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(user)
+    return name in _METHODS or (name in _LIKE and len(user.args) > 1 and user.args[0] is not node)
+
+
+def channel_axis(shape: Collection[int], module: Any) -> int:
+    """In which dimension a convolution or linear layer has its channels; the first of an input without a batch."""
+    return len(shape) + 1 - int(module.weight.dim())
+
+
+def tagged(shape: tuple[int, ...], axis: int, first: int) -> Tensor:
+    """Numbers instead of values: at every place the number of its channel, counted from ``first``."""
+    tags = torch.arange(first, first + shape[axis], dtype=torch.float32).view(-1, *(1,) * (len(shape) - axis - 1))
+    return tags.expand(shape)
+
+
+def replayed(node: fx.Node, values: dict[fx.Node, Tensor], same: Callable[[fx.Node], bool]) -> Any:
+    """What a node would give for other values of some nodes before it.
+
+    Args:
+        node: a node of a recorded run, between which and those nodes are identities and movements alone.
+        values: those nodes' values.
+        same: which nodes are identities.
+    """
+    if node in values:
+        return values[node]
+    if same(node):
+        return replayed(data_of(node)[0], values, same)
+    given = {n: replayed(n, values, same) for n in data_of(node)}
+
+    def known(one: fx.Node) -> Any:  # of `like`'s second argument the form is all that counts
+        return given[one] if one in given else torch.empty(one.meta["shape"], device="meta")
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
+    function: Any = node.target
+    return function(*args, **kwargs)
+
+
+def channels_between(end: Tensor, axis: int, tags: int) -> tuple[Tensor, Tensor]:
+    """Find which tags a tensor has in each of its channels, and in which channels each tag is.
+
+    Args:
+        end: numbers from 0, moved there by ``replayed``.
+        axis: the dimension of the channels there.
+        tags: how many numbers there may be.
+
+    Returns:
+        For each channel its only tag, or -1; for each tag its only channel, -1 if it is nowhere, -2 if in several.
+    """
+    rows = end.long().movedim(axis, 0).flatten(1)
+    lowest, highest = rows.amin(1), rows.amax(1)
+    of_channel = torch.where(lowest == highest, lowest, -1)
+    places = torch.arange(len(rows)).view(-1, 1).expand(rows.shape).reshape(-1)
+    first = torch.full((tags,), len(rows)).scatter_reduce(0, rows.reshape(-1), places, "amin")
+    last = torch.full((tags,), -1).scatter_reduce(0, rows.reshape(-1), places, "amax")
+    return of_channel, torch.where(last < 0, -1, torch.where(first == last, first, -2))

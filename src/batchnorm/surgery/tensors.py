@@ -1,0 +1,59 @@
+"""The tensors in whatever a forward returns or a module keeps, and copies of models."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["copied", "tensors_in"]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in tuples, lists, dicts, dataclasses and plain objects, within each other, each once."""
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    for leaf in tree_leaves(value):
+        if id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
+        if isinstance(leaf, Tensor):
+            yield leaf
+        else:
+            for part in _parts(leaf):
+                yield from _tensors(part, seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a value that is no tensor holds."""
+    if isinstance(value, (str, bytes, type, nn.Module)) or callable(value):
+        return []
+    held = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if dataclasses.is_dataclass(value):
+        held += [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        return held + list(value.values())
+    return held + (list(value) if isinstance(value, Collection) else [])
+
+
+def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Copy a module; tensors of a graph, which a forward has kept as attributes and torch does not copy, without it.
+
+    Args:
+        module: it is left as it was.
+        memo: what stands for the objects with these ids in the copy.
+    """
+    try:
+        return copy.deepcopy(module, dict(memo or {}))
+    except RuntimeError:
+        held = [value for part in module.modules() for value in vars(part).values() if not isinstance(value, nn.Module)]
+        kept = {id(t): t.detach().clone() for t in tensors_in(held) if t.grad_fn is not None}
+        if not kept:
+            raise
+        return copy.deepcopy(module, kept | (memo or {}))

@@ -1,0 +1,72 @@
+"""Random calls, each compared with float64 mathematics: values, gradients, buffers, layouts, errors, memory.
+
+More of them, of any seed: `python -m tests.random_calls --seed 7 --cases 10000`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from random_calls import Case, draw, run
+from random_calls.__main__ import outcomes
+
+DIES = """
+import json, os, sys
+first = int(sys.argv[sys.argv.index("--first") + 1])
+for i in range(first, 5):
+    print(json.dumps({"run": i}), flush=True)
+    if i == 2:
+        os.abort()
+    print(json.dumps({"index": i, "faults": ["odd"] if i % 2 else []}), flush=True)
+"""
+
+
+def test_random_calls_are_right() -> None:
+    done = list(outcomes(seed=2026, first=0, cases=300, few=True))
+    wrong = [outcome for outcome in done if outcome.faults]
+    told = "\n".join(f"{draw(2026, index, True).snippet()}\n    {faults}" for index, faults in wrong[:5])
+    assert not wrong, f"{len(wrong)} of {len(done)} cases are wrong:\n{told}"
+    assert len(done) == 300
+
+
+@pytest.mark.slow
+def test_many_random_calls_of_every_form_are_right() -> None:
+    wrong = [draw(7, index).snippet() + str(faults) for index, faults in outcomes(7, 0, 10_000) if faults]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_a_case_that_ends_its_process_is_named_and_the_others_go_on() -> None:
+    done = list(outcomes(seed=0, first=0, cases=5, child=("-c", DIES)))
+    assert [outcome.index for outcome in done] == [0, 1, 2, 3, 4]
+    assert [bool(outcome.faults) for outcome in done] == [False, True, True, True, False]
+    assert "SIGABRT" in done[2].faults[0]
+
+
+def test_a_case_can_be_printed_and_made_again() -> None:
+    cases = [draw(3, index) for index in range(200)]
+    assert [eval(str(case), {"Case": Case}) for case in cases] == cases
+
+
+def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge against a library that is off: in a value, a gradient, a buffer, a layout."""
+    import batchnorm.functional
+    from batchnorm.kernels import operators
+
+    case = Case(0, (5, 3, 7, 7))
+    assert run(case) == []
+    train = operators.train_cpu
+    spoil = {
+        "y at": lambda y: y * (1 + 1e-4),
+        "y has strides": lambda y: y.transpose(2, 3).contiguous().transpose(2, 3),
+    }
+    for complaint, change in spoil.items():
+        monkeypatch.setattr(operators, "train_cpu", lambda *a, change=change: change(train(*a)))
+        assert any(complaint in fault for fault in run(case)), complaint
+    monkeypatch.setattr(operators, "train_cpu", train)
+    backward = operators.cpu.backward
+    monkeypatch.setattr(operators.cpu, "backward", lambda *a: backward(*a)._replace(weight=backward(*a).weight * 1.001))
+    assert any("weight's gradient" in fault for fault in run(case))
+    monkeypatch.setattr(operators.cpu, "backward", backward)
+    running = batchnorm.functional.cpu.Running
+    monkeypatch.setattr(batchnorm.functional.cpu, "Running", lambda m, v, b, f: running(m, v, b, f + 0.01))
+    assert any("running_mean" in fault for fault in run(case))
