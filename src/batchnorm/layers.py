@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-OWN = ("activation", "inplace", "_statistics", "_watched")  # attributes that torch.nn's layers do not have
+OWN = ("activation", "inplace", "_statistics", "_watched", "_ahead")  # attributes that torch.nn's layers do not have
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -109,11 +109,17 @@ class _Ours(WithEpilogue, Guarded, _Base):
             if training and mean is None:  # whatever moves must move elsewhere
                 statistics = buffers["running_mean"], buffers["running_var"], state
                 mean, var, state = (None if t is None else t.clone() for t in statistics)
-        return batch_norm(
+        activation, ahead = self.activation, self._ahead
+        if ahead is not None:
+            if type(input) is not Tensor or torch.compiler.is_compiling():
+                ahead = None  # whoever records the forward sees its own activation
+            else:
+                activation = ahead.activation
+        y = batch_norm(
             input, mean, var, weight, bias, training, self.momentum, self.eps, num_batches_tracked=batches,
-            activation=self.activation, residual=residual, inplace=self.inplace, mask=mask, statistics=policy,
-            state=state,
+            activation=activation, residual=residual, inplace=self.inplace, mask=mask, statistics=policy, state=state,
         )  # fmt: skip
+        return y if ahead is None else ahead(y)
 
     def extra_repr(self) -> str:
         """Say what torch's layer says, and what is fused."""

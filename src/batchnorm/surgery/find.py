@@ -29,6 +29,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is batch normalization of any make, by its class, its own running statistics or its name."""
+    if isinstance(module, torch.jit.ScriptModule):  # TorchScript hides what it computes
+        return False
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return isinstance(module, nn.modules.batchnorm._BatchNorm)  # rather than instance normalization
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
