@@ -113,7 +113,8 @@ def assert_computes_the_same(fused: nn.Module, model: nn.Module, tolerance: floa
     for training in (True, False):
         found, right = step(fused, training), step(model, training)
         for name, t in right.items():
-            torch.testing.assert_close(found[name], t, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            said = f"{name}: {{}}".format
+            torch.testing.assert_close(found[name], t, rtol=tolerance, atol=tolerance, msg=said)
 
 
 def block(spelling: Spelling, traceable: bool) -> nn.Module:
