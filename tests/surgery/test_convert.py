@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm
 from batchnorm import kernels
+from waiting import HANGS_AFTER
 
 KINDS = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 BF16 = torch.bfloat16
@@ -196,7 +197,7 @@ def test_a_reverted_model_loads_where_this_package_is_not(tmp_path: Path) -> Non
         batchnorm.revert(given.eval())
         file = tmp_path / "model.pickle"
         file.write_bytes(pickle.dumps((given, image(), given(image()).detach())))
-        subprocess.run([sys.executable, "-c", WITHOUT_US, str(file)], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", WITHOUT_US, str(file)], check=True, timeout=HANGS_AFTER)
 
 
 def test_copies_of_a_converted_model_are_ours() -> None:

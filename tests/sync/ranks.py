@@ -22,6 +22,7 @@ from torch.distributed.algorithms import Join
 import batchnorm
 from batchnorm import Accumulated, Renorm, Sync, kernels
 
+PATIENCE = 10  # seconds: longer than a busy machine stops a process that has a little to do
 KINDS: dict[int, tuple[Any, Any]] = {
     2: (batchnorm.BatchNorm1d, nn.BatchNorm1d),
     3: (batchnorm.BatchNorm1d, nn.BatchNorm1d),
@@ -231,7 +232,7 @@ def fail() -> dict[str, Any]:
     rank = dist.get_rank()
 
     def told(step: Callable[[Any], None]) -> tuple[str, float]:
-        group = dist.new_group(timeout=timedelta(seconds=4))
+        group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
         dist.barrier()
         start = time.perf_counter()
         try:

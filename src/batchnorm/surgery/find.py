@@ -30,11 +30,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is batch normalization of any make, by its class, its own running statistics or its name."""
+    if isinstance(module, torch.jit.ScriptModule):  # TorchScript hides what it computes
+        return False
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return isinstance(module, nn.modules.batchnorm._BatchNorm)  # rather than instance normalization
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
-    computes = type(module).forward is not nn.Module.forward  # rather than only hold a graph's tensors
-    return named or (computes and {"running_mean", "running_var"} <= module._buffers.keys())
+    # A scripted module's class has no forward; a module without one only holds a graph's tensors.
+    computes = getattr(type(module), "forward", None) is not nn.Module.forward
+    return named or (computes and all(name in module._buffers for name in ("running_mean", "running_var")))
 
 
 def is_known(kind: type[nn.Module]) -> bool:
