@@ -113,8 +113,9 @@ def assert_computes_the_same(fused: nn.Module, model: nn.Module, tolerance: floa
     for training in (True, False):
         found, right = step(fused, training), step(model, training)
         for name, t in right.items():
-            said = f"{name}: {{}}".format
-            torch.testing.assert_close(found[name], t, rtol=tolerance, atol=tolerance, msg=said)
+            torch.testing.assert_close(
+                found[name], t, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def block(spelling: Spelling, traceable: bool) -> nn.Module:

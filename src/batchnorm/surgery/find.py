@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from batchnorm import layers
+from batchnorm import any_rank, layers
 from batchnorm.surgery.tensors import copied
 
 __all__ = [
@@ -21,6 +21,7 @@ _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyB
 OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
 # Back again; with what `adopt` makes ours of other packages' classes, as it makes them.
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+TORCHS[any_rank.SyncBatchNorm] = nn.SyncBatchNorm  # which is not among OURS: it becomes ours with a Sync policy alone
 
 FROZEN = "it is frozen: call batchnorm.unfreeze(model) before"
 
