@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, seeded
+from batchnorm.surgery.example import forward, in_mode, own, seeded
 from batchnorm.surgery.tensors import copied, tensors_in
 
-__all__ = ["Errors", "check", "evaluated", "largest_difference"]
+__all__ = ["Errors", "check", "comparable", "evaluated", "largest_difference"]
 
 _LIMIT = 1e-5  # of a tensor's size; more is not rounding, in float64 and mostly in float32
 _ULPS = 10  # how many times the effect of the last bit of all weights may be rounding
@@ -66,7 +66,7 @@ def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool, nudged
     outputs = gradients = 0.0
     for training in (True, False):
         right, found = (_run(model, inputs, training, wide) for model in (before, after))
-        rounded = right if nudged is None else _run(nudged, inputs, training, wide)
+        rounded = _Step([], []) if nudged is None else _run(nudged, inputs, training, wide)
         outputs = max(outputs, largest_difference(found.outputs, right.outputs, rounded.outputs))
         gradients = max(gradients, largest_difference(found.gradients, right.gradients, rounded.gradients))
     return Errors(outputs, gradients)
@@ -82,10 +82,15 @@ def evaluated(model: nn.Module, inputs: Any) -> list[Tensor]:
     if not isinstance(twin, fx.GraphModule):
         in_mode(in_mode(twin, True), False)  # some keep what they computed last until they train again
     with seeded(model), using("aten"), torch.no_grad():
-        return _comparable(forward(twin, inputs))
+        return comparable(forward(twin, own(inputs)))
 
 
-def _comparable(result: Any) -> list[Tensor]:
+def comparable(result: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned.
+
+    Raises:
+        ValueError: if there is none.
+    """
     outputs = [t for t in tensors_in(result) if t.is_floating_point()]
     if not outputs:
         raise ValueError(
@@ -112,7 +117,7 @@ def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> _Step:
         parameter.grad = None
     with seeded(model), using("aten"):
         _count_once(twin)
-        outputs = _comparable(forward(twin, given))
+        outputs = comparable(forward(twin, given))
         losses = [(y * torch.randn_like(y)).sum() for y in outputs if y.requires_grad]
         if losses:
             torch.stack([loss.double() for loss in losses]).sum().backward()
@@ -159,7 +164,7 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     Args:
         found: what is judged.
         right: what it should be.
-        rounded: what it might be for rounding alone; ten times as far off is as good as none.
+        rounded: what it might be for rounding alone. Ten times as far off is no more than the limit of ``check``.
     """
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")
@@ -168,18 +173,22 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     worst = 0.0
     for ours, theirs, size, near in zip(found, right, sizes, rounded or right, strict=True):
         allowed = _ULPS * max(_distance(near, theirs), torch.finfo(theirs.dtype).eps * size) if rounded else 0.0
-        distance = _distance(ours, theirs)
-        worst = max(worst, 0.0 if distance <= allowed else distance / max(size, floor))
+        worst = max(worst, _distance(ours, theirs) / max(size, floor, allowed / _LIMIT))
     return worst
 
 
 def _size(tensor: Tensor) -> float:
     """The largest value, of those that are finite."""
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if largest < float("inf"):
+        return largest
     finite = tensor[tensor.isfinite()]
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
+    if torch.equal(ours, theirs):
+        return 0.0
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     difference = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(nan=float("inf"))
     return difference.max().item() if difference.numel() else 0.0

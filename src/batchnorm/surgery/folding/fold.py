@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, seeded
+from batchnorm.surgery.example import forward, in_mode, own, seeded
 from batchnorm.surgery.find import settle_lazy
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.foldable import Borders, layers_of
@@ -123,7 +123,7 @@ def _seen(model: nn.Module, inputs: Any) -> tuple[Any, Observed | Traced, Border
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:
     with seeded(model), torch.no_grad(), using("aten"):
-        return forward(copy.deepcopy(model), inputs)
+        return forward(copy.deepcopy(model), own(inputs))
 
 
 def _taken(model: nn.Module, steps: Sequence[Step]) -> nn.Module:

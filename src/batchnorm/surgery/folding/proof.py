@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.verify import evaluated, largest_difference
+from batchnorm.surgery.verify import comparable, evaluated, largest_difference
 
 __all__ = ["Proof"]
 
@@ -45,9 +45,7 @@ class Proof(Generic[Step]):
         self.error = 0.0
         self.error_float64: float | None = None
         self._model, self._inputs, self._folded = model, inputs, folded
-        self._right = [y for y in tree_leaves(outputs) if isinstance(y, Tensor) and y.is_floating_point()]
-        if not self._right:
-            raise ValueError("the model returned no floating-point tensor that could be compared")
+        self._right = comparable(outputs)
         self._limit = max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())])
         self._wide: nn.Module | None = None
         try:
