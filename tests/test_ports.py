@@ -105,6 +105,24 @@ def test_keras_after_one_more_step_of_training(keras: dict[str, np.ndarray], num
     torch.testing.assert_close(layer.running_var - var, drift, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("before", ["batch_normalization/", "bn_conv1/", "model/block_1/bn/", ""])
+@pytest.mark.parametrize("nested", [False, True])
+def test_names_of_tf_keras_and_groups_of_a_file(before: str, nested: bool) -> None:
+    values = {"gamma:0": 1.0, "beta:0": 2.0, "moving_mean:0": 3.0, "moving_variance:0": 4.0}
+    arrays: dict[str, Any] = {before + name: np.full(3, value) for name, value in values.items()}
+    if nested:
+        arrays = {"bn": {"group": arrays}}
+    state = batchnorm.ported(arrays, decay=0.99, eps=1e-3).state
+    found = [float(state[name][0]) for name in ("weight", "bias", "running_mean", "running_var")]
+    assert found == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_arrays_of_two_layers_are_told_apart() -> None:
+    arrays = {f"bn{number}/moving_mean:0": np.zeros(3) for number in (1, 2)}
+    with pytest.raises(ValueError, match="'bn2/moving_mean:0' is one more running_mean: of each there is one"):
+        batchnorm.ported(arrays, decay=0.99, eps=1e-3)
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -1,5 +1,6 @@
 """The command `batchnorm`. What a command needs is imported when it runs, so that --help comes at once."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +11,26 @@ NEEDS_TOOLS = "batchnorm: {} is missing; the command needs the tools: pip instal
 
 try:
     import click
+
+    from batchnorm.commands.errors import one_line
+    from batchnorm.files import target
 except ModuleNotFoundError as error:
     print(NEEDS_TOOLS.format(error.name), file=sys.stderr)
     raise SystemExit(2) from None
+except KeyboardInterrupt:
+    print("batchnorm: stopped", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
+DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="batchnorm")
 def main() -> None:
     """Batch normalization for PyTorch: compare, choose, measure; recalibrate and fold checkpoints."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack letters of the names of layers
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @main.command()
@@ -34,32 +46,33 @@ def main() -> None:
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each run.  [default: 250]")
 @click.option("--quick", is_flag=True, help="Take seconds, not minutes: too few runs for a verdict.")
-def compare(out: Path, seeds: int | None, steps: int | None, quick: bool) -> None:
+@DEBUG
+def compare(out: Path, seeds: int | None, steps: int | None, quick: bool, debug: bool) -> None:
     """Train a small CNN on handwritten digits with and without batch normalization, and report."""
-    with _tools():
-        from dataclasses import replace
+    with one_line(debug):
+        with _tools():
+            from dataclasses import replace
 
-        from rich.console import Console
+            from rich.console import Console
 
-        from batchnorm.study import terminal
-        from batchnorm.study.compare import compare as run
-        from batchnorm.study.results import QUICK, Settings
-        from batchnorm.study.verdict import judge
+            from batchnorm.study import terminal
+            from batchnorm.study.compare import compare as run
+            from batchnorm.study.results import QUICK, Settings
+            from batchnorm.study.verdict import judge
 
-    default = QUICK if quick else Settings()
-    seeds = seeds or default.seeds
-    sweep_seeds = min(seeds, default.sweep_seeds)
-    settings = replace(default, sweep_seeds=sweep_seeds, seeds=seeds, steps=steps or default.steps)
-    console = Console()
-    with _one_line_errors():
-        _check_writable(out)
+        default = QUICK if quick else Settings()
+        seeds = seeds or default.seeds
+        sweep_seeds = min(seeds, default.sweep_seeds)
+        settings = replace(default, sweep_seeds=sweep_seeds, seeds=seeds, steps=steps or default.steps)
+        console = Console()
+        _check_writable(out, "results.json", "report.html")
         with terminal.progress(console) as progress:
             comparison = run(settings=settings, processes=1 if quick else None, progress=progress)
         paths = comparison.save(out)
-    console.print(terminal.table(comparison))
-    console.print(judge(comparison).sentence, highlight=False)
-    for path in paths:
-        click.echo(path)
+        console.print(terminal.table(comparison))
+        console.print(judge(comparison).sentence, highlight=False)
+        for path in paths:
+            click.echo(path)
 
 
 @main.command()
@@ -76,28 +89,29 @@ def compare(out: Path, seeds: int | None, steps: int | None, quick: bool) -> Non
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder whose choosing.md is to show the results.",
 )
-def choose(out: Path, quick: bool, publish: Path | None) -> None:
+@DEBUG
+def choose(out: Path, quick: bool, publish: Path | None, debug: bool) -> None:
     """Train with each policy on batches of 2 to 64, and tell which is best where."""
-    with _tools():
-        from rich.console import Console
+    with one_line(debug):
+        with _tools():
+            from rich.console import Console
 
-        from batchnorm.study import guide, terminal
-        from batchnorm.study.data import digits
-        from batchnorm.study.signals import SIGNALS, mnist1d
-        from batchnorm.study.small_batches import QUICK, Budget, study
+            from batchnorm.study import guide, terminal
+            from batchnorm.study.data import digits
+            from batchnorm.study.signals import SIGNALS, mnist1d
+            from batchnorm.study.small_batches import QUICK, Budget, study
 
-    console = Console()
-    with _one_line_errors():
-        _check_writable(out)
+        console = Console()
+        _check_writable(out, "results.json", "tables.md", "choosing.svg")
         if publish is not None:
             guide.check(publish, quick)
         with terminal.progress(console) as progress:
             data = digits(), mnist1d(SIGNALS // 10 if quick else SIGNALS)
             found = study(data, QUICK if quick else Budget(), processes=1 if quick else None, progress=progress)
         paths = [*found.save(out), *([] if publish is None else guide.publish(found, publish))]
-    guide.show(found, console)
-    for path in paths:
-        click.echo(path)
+        guide.show(found, console)
+        for path in paths:
+            click.echo(path)
 
 
 @main.command()
@@ -120,15 +134,18 @@ def choose(out: Path, quick: bool, publish: Path | None) -> None:
     help="Folder whose README.md and cells.md are to show the results.",
 )
 @click.option("--only", type=click.Choice(["folding"]), help="Measure this part, which has a report of its own.")
-def benchmark(out: Path, quick: bool, seconds: float | None, publish: Path | None, only: str | None) -> None:
+@DEBUG
+def benchmark(
+    out: Path, quick: bool, seconds: float | None, publish: Path | None, only: str | None, debug: bool
+) -> None:
     """Time the kernels against torch.nn and its rivals, after a check that all agree."""
-    with _tools():
-        if only == "folding":
-            from batchnorm.benchmark.folding_report import run
-        else:
-            from batchnorm.benchmark import run
+    with one_line(debug):
+        with _tools():
+            if only == "folding":
+                from batchnorm.benchmark.folding_report import run
+            else:
+                from batchnorm.benchmark import run
 
-    with _one_line_errors():
         run(out, quick, seconds, publish)
 
 
@@ -149,7 +166,7 @@ def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--out", type=click.Path(path_type=Path), help="File to write: a new one."),
         click.option("--force", is_flag=True, help="Write over a file, but never over the checkpoint that is read."),
         click.option("--dry-run", is_flag=True, help="Do everything, but write nothing."),
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        DEBUG,
     )
     for decorate in reversed(shared):
         command = decorate(command)
@@ -171,12 +188,11 @@ def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
 def recalibrate(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: bool, **options: Any) -> None:
     """Give a checkpoint the statistics of its data: a pass over it instead of running averages."""
     _check_has_out(out, dry_run)
-    with _one_line_errors(), _tools():
-        from batchnorm.commands import terminal
-        from batchnorm.commands.errors import one_line
-        from batchnorm.commands.recalibrate import run
-
     with one_line(debug):
+        with _tools():
+            from batchnorm.commands import terminal
+            from batchnorm.commands.recalibrate import run
+
         with terminal.batches("recalibrating") as progress:
             report, changed = run(model, checkpoint, out=out, dry_run=dry_run, progress=progress, **options)
         click.echo(report)
@@ -194,11 +210,10 @@ def fold(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: b
     the state_dict of the folded model, for batchnorm.fold(factory()).model.
     """
     _check_has_out(out, dry_run)
-    with _one_line_errors(), _tools():
-        from batchnorm.commands.errors import one_line
-        from batchnorm.commands.fold import run
-
     with one_line(debug):
+        with _tools():
+            from batchnorm.commands.fold import run
+
         folded = run(model, checkpoint, out, dry_run=dry_run, **options)
         click.echo(folded)
         click.echo(_written(out, dry_run, "the folded model"))
@@ -223,26 +238,16 @@ def _tools() -> Iterator[None]:
         if (error.name or "").partition(".")[0] == "batchnorm":
             raise
         print(NEEDS_TOOLS.format(error.name), file=sys.stderr)
-        raise SystemExit(2) from None
+        raise click.exceptions.Exit(2) from None
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause, a wrong path or Ctrl-C, into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise click.ClickException(str(error)) from None
-    except KeyboardInterrupt:
-        click.echo("batchnorm: stopped", err=True)
-        raise SystemExit(130) from None
-
-
-def _check_writable(directory: Path) -> None:
+def _check_writable(directory: Path, *names: str) -> None:
     """Make the directory and a file in it, so that a wrong path is found before the work and not after."""
     import tempfile
 
     directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        target(directory / name)
     with tempfile.TemporaryFile(dir=directory):
         pass
 

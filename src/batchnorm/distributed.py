@@ -36,6 +36,11 @@ class Group:
             )
         self._group, self._name = process_group, name
         self.size = dist.get_world_size(process_group)
+        if self.size < 1:
+            raise RuntimeError(
+                f"{name}: this process (rank {dist.get_rank()}) is not in the process group that the layer takes its "
+                "moments over: give it a layer of another policy, or Sync with a group that it is in"
+            )
 
     def agree(self, channels: int, bytes_a_number: int, device: torch.device) -> None:
         """Raise in all processes unless they have layers alike: messages of different lengths would end the program.
@@ -53,14 +58,34 @@ class Group:
             )
 
     def merged(self, own: Moments, dtype: torch.dtype) -> Moments:
-        """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable."""
+        """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable.
+
+        Raises:
+            RuntimeError: in all processes, if some have become float64 since they agreed.
+        """
         told = torch.cat((own.count[:1], own.mean, own.biased_variance)).to(dtype)
         if self.size > 1:
+            if dtype == torch.float64 and not torch.compiler.is_compiling():
+                # A message as long as float32's comes first: others may still be that, and different lengths would end
+                # the program. Its first number, the count, says by its sign which they are.
+                self._check_dtypes(self.gathered(torch.full_like(told, -1, dtype=torch.float32)), dtype)
             told = _Gather.apply(told, self)
         heard = told.double().view(self.size, -1)
+        if self.size > 1 and dtype != torch.float64:
+            self._check_dtypes(heard, dtype)
         C = own.mean.shape[0]
         counts = heard[:, :1].expand(-1, C)
         return Moments(counts, heard[:, 1 : 1 + C], heard[:, 1 + C :] * counts).merged(0)
+
+    def _check_dtypes(self, heard: Tensor, dtype: torch.dtype) -> None:
+        if heard.is_cuda or torch.compiler.is_compiling():  # a GPU would have to be waited for
+            return
+        wide = (heard[:, 0] < 0).tolist()
+        if any(one != (dtype == torch.float64) for one in wide):
+            raise RuntimeError(
+                f"{self._name}: all processes must have float64 layers or none, but ranks "
+                f"{', '.join(str(rank) for rank, is_wide in enumerate(wide) if is_wide)} have: call .double() in all"
+            )
 
     def summed(self, own: Tensor, dtype: torch.dtype) -> Tensor:
         """Add the tensors of all processes up; the messages are in `dtype`."""
@@ -88,9 +113,10 @@ class Group:
             message()
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self._name}: its {direction} pass did not hear from all {self.size} processes. Either one ran fewer "
-                "steps than the others (see torch.distributed.algorithms.Join), or failed. torch.distributed says: "
-                f"{error}"
+                f"{self._name}: its {direction} pass did not hear from all {self.size} processes. Either one failed, "
+                "or ran fewer steps than the others: give all as many batches, or train DistributedDataParallel in "
+                "torch.distributed.algorithms.Join(…, throw_on_early_termination=True), which ends all at the first "
+                f"that has no more. torch.distributed says: {error}"
             ) from error
 
 

@@ -6,7 +6,7 @@ for the activation therefore asks at every call whether what stands in its place
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
@@ -31,6 +31,17 @@ class WithEpilogue(_Base):
     activation: Activation | None = None
     # Whether somebody behind it asks for the activation, as `fuse` has them do, and applies it if the layer is gone.
     _watched: bool = False
+    # Applies an activation for the forward around the layer, whose own code asks for it next and then skips it.
+    _ahead: Ahead | None = None
+
+
+class Ahead(Protocol):
+    """Tells a forward, by the tensor that it gets, that the activation behind a layer is done."""
+
+    activation: Activation
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Mark the layer's activated output."""
 
 
 def applies(module: nn.Module, activation: tuple[str, float] | None) -> bool:

@@ -262,6 +262,7 @@ def _train_aten(
     dtype = torch.float32 if x.dtype in NARROW else x.dtype
     if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
+    weight, bias = _dense(weight), _dense(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
     y = _torchs(x, mean, var, weight, bias, True, 1.0, eps)
     return y, mean, var
@@ -339,10 +340,9 @@ def _evaluate(
             y = _evaluate_aten(x, running_mean, running_var, weight, bias, eps)
         except (RuntimeError, IndexError, ValueError):
             check(call)
-            if running_mean is None or running_var is None or x.dtype in NARROW or running_mean.dtype == x.dtype:
+            if running_mean is None or running_var is None or running_mean.dtype == running_var.dtype == _kept(x):
                 raise
-            # Statistics of another precision, which training can move: ATen wants the input's.
-            y = _evaluate_aten(x, running_mean.to(x.dtype), running_var.to(x.dtype), weight, bias, eps)
+            y = _evaluate_aten(x, running_mean.to(_kept(x)), running_var.to(_kept(x)), weight, bias, eps)
         record.forward = "aten"
         return y
     check(call)
@@ -363,8 +363,8 @@ def _evaluate_with(call: Call) -> Tensor:
         given = torch.stack((running_mean.double(), running_var.double()))
         weight, bias = gate.ready(weight, plan), gate.ready(bias, plan)
         return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
-    if x.dtype not in NARROW and running_mean.dtype != x.dtype:
-        running_mean, running_var = running_mean.to(x.dtype), running_var.to(x.dtype)
+    if running_mean.dtype != x.dtype:
+        running_mean, running_var = running_mean.to(_kept(x)), running_var.to(_kept(x))
     return _followed(_evaluate_aten(x, running_mean, running_var, weight, bias, call.eps), call)
 
 
@@ -380,10 +380,10 @@ def _evaluate_aten(
         weight, bias = _widened(weight), _widened(bias)
     return torch.batch_norm(
         x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
+        _dense(weight),
+        _dense(bias),
+        _dense(running_mean),
+        _dense(running_var),
         False,
         0.0,
         eps,
@@ -391,5 +391,15 @@ def _evaluate_aten(
     )
 
 
+def _kept(x: Tensor) -> torch.dtype:
+    """What ATen wants statistics to be in; training moves those of another precision, too."""
+    return torch.float32 if x.dtype in NARROW else x.dtype
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """ATen's backward (2.13) takes weights and statistics with gaps for contiguous ones, and gives nonsense."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
 def _widened(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
+    return t if t is None or t.dtype not in NARROW else t.float()

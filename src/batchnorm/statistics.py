@@ -208,6 +208,22 @@ def own(policy: Policy, name: str | None = None) -> Policy:
     return policy if over is None or part(over, Sync) is None else replace(policy, over=own(over, name))  # type: ignore[call-arg]
 
 
+def alone(policy: Policy) -> Policy:
+    """Give the policy without what needs other processes."""
+    if isinstance(policy, Sync):
+        return Batch()
+    over = getattr(policy, "over", None)
+    return policy if over is None or part(over, Sync) is None else replace(policy, over=alone(over))  # type: ignore[call-arg]
+
+
+def over_group(policy: Policy, process_group: Any) -> Policy:
+    """Give the policy with that process group, where it takes moments over processes and names no group."""
+    if isinstance(policy, Sync):
+        return policy if policy.process_group is not None else replace(policy, process_group=process_group)
+    over = getattr(policy, "over", None)
+    return policy if over is None else replace(policy, over=over_group(over, process_group))  # type: ignore[call-arg]
+
+
 def check_policy(policy: Policy | None) -> None:
     """Raise TypeError for what is neither a policy nor None."""
     if policy is not None and not isinstance(policy, Policy):

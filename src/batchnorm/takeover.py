@@ -22,8 +22,9 @@ class _QConfig:
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         if layer is None:
             return self
-        caller = sys._getframe(1).f_code.co_name
-        reason = layer._obstacle_to_takeover() if "norm" in caller or "bn" in caller else None
+        frame = sys._getframe(1)
+        caller, package = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+        reason = layer._obstacle_to_takeover(package) if "norm" in caller or "bn" in caller else None
         if reason is not None:
             raise RuntimeError(f"{caller} would make another layer of this {type(layer).__name__}, {reason}")
         raise AttributeError("qconfig")
@@ -39,8 +40,8 @@ class Guarded(_Base):
 
     qconfig = _QConfig()
 
-    def _obstacle_to_takeover(self) -> str | None:
-        """What would be lost, and what to do instead; None for nothing."""
+    def _obstacle_to_takeover(self, by: str) -> str | None:
+        """What would be lost, and what to do instead; None for nothing. ``by`` is the module of who asks."""
         return None
 
     def __dir__(self) -> Iterable[str]:

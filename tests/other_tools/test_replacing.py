@@ -226,3 +226,22 @@ def test_limit_parts_of_a_fused_model_in_another_one() -> None:
     assert_close(first(image()), expected)
     batchnorm.revert(parts := nn.Sequential(*fused().eval().stem.children()))  # type: ignore[union-attr,operator]
     assert_close(nn.SyncBatchNorm.convert_sync_batchnorm(parts)(image()), expected)
+
+
+# --- another package's layers, made ours ---
+
+
+@pytest.mark.parametrize("tool", [timm.layers.convert_sync_batchnorm, timm.layers.freeze_batch_norm_2d])
+def test_timms_layers_with_an_activation_by_timms_own_tools(tool: Tool) -> None:
+    torch.manual_seed(0)
+    layer = timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU)
+    layer.running_mean.normal_()
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), layer).eval()
+    expected = copy.deepcopy(model).double()(image().double())
+    batchnorm.convert(model)
+    assert isinstance(model[1], batchnorm.BatchNorm2d)
+    with pytest.raises(RuntimeError, match=r"without its activation silu: take timm\.layers\.norm_act's own function"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    made = tool(model)
+    assert not isinstance(made[1], batchnorm.BatchNorm2d)
+    assert_close(made.eval()(image()), expected)

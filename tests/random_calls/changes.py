@@ -78,5 +78,6 @@ def refused_by_torch(case: Case, error: Exception) -> bool:
         return True
     if case.between == "weight_strided" or not case.between:
         return False
-    # Normalization alone needs no bias in its backward.
-    return not (case.between.startswith("bias") and case.activation is None)
+    # Normalization alone needs no bias in its backward; but autograd finds no leaf whose dtype has changed.
+    lost = "appears to not have been used" in str(error)
+    return lost or case.inplace or not (case.between.startswith("bias") and case.activation is None)

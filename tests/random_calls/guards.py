@@ -9,6 +9,7 @@ neither read nor written follows (or precedes) the buffer: a loop that goes ther
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import sys
 from collections.abc import Iterator
@@ -232,6 +233,7 @@ def guarded(kind: Kind = "bands") -> Iterator[Guard]:
         call(self, first, threads, stages, rest, only)
         guard.check(self._key, a, places)
 
+    importlib.import_module("batchnorm.functional")  # and with it all that is watched
     watching = [
         module
         for name, module in list(sys.modules.items())

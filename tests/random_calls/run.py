@@ -19,6 +19,7 @@ from . import oracle
 from .cases import Case
 from .changes import changed, hooks, refused_by_torch
 from .guards import guarded
+from .refusals import refusal
 from .subject import NARROW, Subject, torchs
 from .transforms import transformed
 
@@ -88,6 +89,9 @@ def _refused(case: Case, subject: Subject) -> bool:
 
 def _run(case: Case, faults: list[str]) -> None:
     subject = Subject(case)
+    if case.bad:
+        faults += refusal(case, subject)
+        return
     if _refused(case, subject):
         _must_refuse(case, subject, faults)
         return
@@ -143,7 +147,7 @@ def _batch(case: Case, subject: Subject, gathered: list[oracle.Set], guard: Any,
     ]
     before = subject.before()
     problem = subject.problem(before, mask)
-    leaves = [given_x, subject.weight, subject.bias, residual]
+    leaves: list[Tensor | None] = [given_x, subject.weight, subject.bias, residual]
     x = given_x * 1 if case.inplace else given_x
     if case.inplace and x.stride() != given_x.stride() and given_x.numel():
         x = torch.empty_strided(x.shape, given_x.stride(), dtype=x.dtype).copy_(given_x) if not case.neg else x
@@ -171,7 +175,7 @@ def _batch(case: Case, subject: Subject, gathered: list[oracle.Set], guard: Any,
                 raise
     elif wanted and found.y.numel():
         faults.append("gradients are wanted, and none are recorded")
-    dy64 = dy.double()
+    dy64 = dy.to(subject.dtype).double()  # as autograd makes it
     right = [None] * 4
     if wanted:
         inputs = [right_leaves[i] for i in wanted]
@@ -231,6 +235,8 @@ def _precision(case: Case, subject: Subject, ran: Any) -> oracle.Precision:
     mean = 2.0**-53
     if "aten" in ran:
         computed, mean = 4 * computed, computed
+    if "Sync" in case.policy:  # processes tell each other their means in the precision of the parameters
+        mean = max(mean, computed)
     composed = case.activation is not None or bool(case.residual)
     if subject.dtype in NARROW and ("aten" in ran or ("reference" in ran and composed)):
         computed = stored

@@ -192,11 +192,11 @@ def torchs(case: Case, running: list[Tensor | None]) -> Callable[..., Tensor]:
     from batchnorm.activations import Activation, applied
 
     def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        mean, var = (None if t is None else t.clone() for t in running)
-        if mean is not None and x.dtype in NARROW:
-            weight, bias = (None if t is None else t.float() for t in (weight, bias))
-        elif mean is not None and var is not None:
-            mean, var = mean.to(x.dtype), var.to(x.dtype)
+        dtypes = {t.dtype for t in (weight, bias) if t is not None}
+        mixed = x.dtype in NARROW and (running[0] is not None or torch.float32 in dtypes)
+        own = torch.float32 if mixed else x.dtype
+        weight, bias = (t if t is None or t.dtype == own else t.to(own) for t in (weight, bias))
+        mean, var = (None if t is None else t.to(own, copy=True) for t in running)
         y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, case.training, 0.1, case.eps)
         y = y if residual is None else y + residual
         return applied(None if case.activation is None else Activation(*case.activation), y)

@@ -40,12 +40,11 @@ def transformed(case: Case, subject: Any) -> list[str]:
     try:
         found = _apply(case.transform, ours, args, extra, vector)
     except Exception as error:
-        if mask is None and not case.policy:
-            theirs = torchs(case, subject.running)
-            try:
-                _apply(case.transform, lambda *a: theirs(*a, None), args, extra, vector)
-            except type(error):
-                return []
+        theirs = torchs(case, subject.running)  # without mask and policy, which torch has not
+        try:
+            _apply(case.transform, lambda *a: theirs(*a, None), args, extra, vector)
+        except type(error):
+            return []
         raise
     faults = []
     relative = _RELATIVE[subject.dtype] * (10 if case.transform in _SECOND else 1)
@@ -62,7 +61,7 @@ def transformed(case: Case, subject: Any) -> list[str]:
 
 
 def _tame(case: Case, subject: Any, problem: oracle.Problem) -> Tensor:
-    """Values whose variances are not small and activations away from a bend: the second derivative is tame."""
+    """Values with variances that are not small and activations that do not lie at a bend: derivatives are tame."""
     kinks, _ = oracle.bends(case.activation)
     vectors = [None if t is None else t.detach().double() for t in (subject.weight, subject.bias)]
     for _ in range(200):

@@ -52,6 +52,22 @@ def test_building_a_network_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_another_default_device_or_dtype_changes_nothing() -> None:
+    settings = Settings(rates=(0.1,), seeds=1, steps=3)
+    expected = without_times(compare(settings=settings, processes=1))
+    torch.set_default_device("meta")
+    try:
+        assert without_times(compare(settings=settings, processes=1)) == expected
+    finally:
+        torch.set_default_device(None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = without_times(compare(settings=settings, processes=1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [run.outcome for run in found] == [run.outcome for run in expected]
+
+
 def test_both_arms_see_the_same_images_in_the_same_order() -> None:
     seen: dict[str, list[Tensor]] = {"first": [], "second": []}
 

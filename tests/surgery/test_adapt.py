@@ -540,11 +540,10 @@ def test_batches_that_do_not_say_how_many_samples_they_have() -> None:
         return model(batch.x)
 
     model, other = network(), network()
-    with pytest.raises(ValueError, match="no tensor with samples to count"):
-        batchnorm.adapt(model, [Batch(image())], forward=forward, prior=5)
-    adapted = batchnorm.adapt(model, [Batch(image())], forward=forward)
-    assert (adapted.batches, adapted.samples, adapted.warnings[1:]) == (1, 0, ())
-    batchnorm.adapt(other, image())
+    adapted = batchnorm.adapt(model, [Batch(image())] * 2, forward=forward, prior=5)
+    assert (adapted.batches, adapted.samples) == (2, 2 * len(image()))
+    assert adapted.source_share == 5 / (5 + 2 * len(image()))
+    batchnorm.adapt(other, [image()] * 2, prior=5)
     assert_same(everything(model), everything(other))
 
 

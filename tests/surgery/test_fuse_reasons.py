@@ -88,7 +88,8 @@ def observed_hooks() -> nn.Module:
 
 
 class Sub(nn.BatchNorm2d):
-    pass
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
 
 
 class Noise(nn.Module):
@@ -164,7 +165,8 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "unreached": (unreached, "spare.0", CONTROL_FLOW + "the example_inputs do not reach it"),
     "observed, hooks": (observed_hooks, "norm", CONTROL_FLOW + "its activation's module has hooks"),
     "observed, last": (lambda: Undecided(nn.ReLU()), "second", CONTROL_FLOW + "followed by mean"),
-    "subclass": (lambda: nn.Sequential(Sub(2), nn.ReLU()), "0", "Sub is a subclass, which may compute something else"),
+    "subclass": (lambda: nn.Sequential(Sub(2), nn.ReLU()), "0", "Sub is a subclass, which may compute "
+                 "something else: it computes add behind normalization"),
     "own activation": (
         lambda: nn.Sequential(batchnorm.BatchNorm2d(2, activation="relu"), nn.ReLU()), "0",
         "it has the activation relu already",

@@ -161,9 +161,7 @@ WRITTEN: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, str], dict[str,
         lambda m, x: m.a(x) + (m.b(x) + m.c(x)), {"a": "add", "c": "add"}, {"b": "it is the residual of c"},
     ),
     "of an activation": (
-        lambda m, x: m.a(x) + torch.relu(m.b(m.c(x))),
-        {"a": "add", "b": "relu"},
-        {"c": "followed by b (BatchNorm2d)"},
+        lambda m, x: m.a(x) + torch.relu(m.b(m.c(x))), {"a": "add", "b": "relu"}, {"c": "followed by b (BatchNorm2d)"},
     ),
     "shared activation": (
         shared_activation, {"a": "add + relu", "c": "add + relu"}, {"b": "it is the residual of c"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import norm_classes as classes
@@ -22,6 +23,15 @@ from batchnorm.surgery.find import is_batch_norm
 from with_timm import timm
 
 C = 6
+
+
+@pytest.fixture(autouse=True)
+def torchs_operators() -> Iterator[None]:
+    """What a class is read as does not depend on the kernel; one test looks at the loops."""
+    with kernels.using("aten"):
+        yield
+
+
 # What does what ours do, and the activation.
 SERVED: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "timm": (lambda: BatchNormAct2d(C), "relu"),
@@ -100,8 +110,7 @@ def test_a_class_that_computes_what_ours_do_becomes_ours_and_stays_what_it_is(
     assert list(layer.state_dict()) == list(exact.state_dict())
     x = image(layer)
     for training in (True, True, False):
-        with kernels.using("aten"):
-            found = step(layer.train(training), x)
+        found = step(layer.train(training), x)
         for name, right in step(exact.train(training), x.double()).items():
             torch.testing.assert_close(found[name].to(right), right, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -245,6 +254,21 @@ def test_timms_tools_find_the_activation_of_a_converted_layer() -> None:
     torch.testing.assert_close(frozen.train()(x), right)
 
 
+def test_synchronizing_a_converted_layer_is_for_its_own_package() -> None:
+    x = torch.randn(2, C, 4, 4)
+    model = nn.Sequential(random_state(BatchNormAct2d(C))).eval()
+    right = model(x)
+    batchnorm.convert(model)
+    with pytest.raises(RuntimeError, match=r"without its activation relu: take timm\.layers\.norm_act's own function"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    for reverted in (False, True):
+        if reverted:
+            batchnorm.revert(model)
+        synchronized = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+        assert type(synchronized[0]) is SyncBatchNormAct
+        torch.testing.assert_close(synchronized(x), right)
+
+
 def test_torchscript_gets_the_class_that_it_was() -> None:
     model = nn.Sequential(random_state(BatchNormAct2d(C)))
     batchnorm.convert(model)
@@ -300,7 +324,8 @@ def test_replacing_keeps_the_activation_that_the_class_applied(by: Any) -> None:
     plain.load_state_dict(model.state_dict())
     x = torch.randn(4, 3, 4, 4)
     assert batchnorm.replace(model, by, x).skipped == batchnorm.replace(plain, by, x).skipped == {}
-    torch.testing.assert_close(model(x), F.silu(plain(x)))
+    with kernels.using("reference") if by == batchnorm.Ghost(2) else nullcontext():
+        torch.testing.assert_close(model(x), F.silu(plain(x)))
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -319,6 +344,22 @@ def test_frozen_layers_of_other_packages_evaluate_and_become_what_they_were() ->
     torch.testing.assert_close(layer.train()(x), right(x))
     assert batchnorm.unfreeze(layer) == ("",)
     assert type(layer) is BatchNormAct2d
+
+
+def test_recalibration_serves_what_moves_its_statistics_and_leaves_what_never_does() -> None:
+    held = {
+        "1": FrozenBatchNormAct2d(C),
+        "2": FrozenBatchNorm2d(C),
+        "3": classes.DetectronFrozen(C),
+        "4": classes.Held(C),
+    }
+    served = {"5": BatchNormAct2d(C), "6": SyncBatchNormAct(C), "7": SplitBatchNorm2d(C), "8": classes.Patient(C)}
+    served["6"].act = nn.ReLU()  # as timm's conversion does
+    model = nn.Sequential(nn.Conv2d(3, C, 1), *map(random_state, (held | served).values()))
+    report = batchnorm.recalibrate(model, [torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)])
+    assert report.skipped.keys() == held.keys()
+    assert all("never moves its statistics" in reason for reason in report.skipped.values())
+    assert report.layers.keys() == served.keys() | {"7.aux_bn.0"}  # which the split layer calls
 
 
 class Straight(torch.autograd.Function):

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms import Join
 
 import batchnorm
 from batchnorm import Accumulated, Renorm, Sync, kernels
 
+PATIENCE = 10  # seconds: longer than a busy machine stops a process that has a little to do
 KINDS: dict[int, tuple[Any, Any]] = {
     2: (batchnorm.BatchNorm1d, nn.BatchNorm1d),
     3: (batchnorm.BatchNorm1d, nn.BatchNorm1d),
@@ -230,7 +232,7 @@ def fail() -> dict[str, Any]:
     rank = dist.get_rank()
 
     def told(step: Callable[[Any], None]) -> tuple[str, float]:
-        group = dist.new_group(timeout=timedelta(seconds=4))
+        group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
         dist.barrier()
         start = time.perf_counter()
         try:
@@ -254,9 +256,35 @@ def fail() -> dict[str, Any]:
         layer = batchnorm.BatchNorm1d(5 + rank, statistics=Sync(group, name="head.norm"))
         layer(torch.randn(8, 5 + rank))
 
-    batchnorm.BatchNorm1d(5, statistics=Sync())(torch.randn(8, 5)).sum().backward()  # compiles what is used below
+    def doubled(group: Any) -> None:
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(group, name="head.norm"))
+        layer(torch.randn(8, 5))
+        if rank == 1:
+            layer.double()
+        layer(torch.randn(8, 5, dtype=layer.weight.dtype))
+
+    def outside(group: Any) -> None:
+        first = dist.new_group([0])
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(first, name="head.norm"))
+        layer(torch.randn(8, 5))
+
+    def evaluates_alone(group: Any) -> None:
+        if rank == 0:
+            for policy in (Sync(group), Renorm(over=Sync(group)), Accumulated(2, over=Sync(group))):
+                layer = batchnorm.BatchNorm1d(5, track_running_stats=isinstance(policy, Renorm), statistics=policy)
+                layer.eval()(torch.randn(8, 5))
+
+    def joined(group: Any) -> None:
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(group, name="head.norm"))
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 5), layer), process_group=group)
+        with Join([model], throw_on_early_termination=True):
+            for _ in range(2 if rank == 0 else 1):
+                model(torch.randn(8, 5)).sum().backward()
+
+    for dtype in (torch.float32, torch.float64):  # compiles what is used below
+        batchnorm.BatchNorm1d(5, statistics=Sync(), dtype=dtype)(torch.randn(8, 5, dtype=dtype)).sum().backward()
     found = {}
-    for step in (uneven, backward_missing, channels):
+    for step in (uneven, backward_missing, channels, doubled, outside, evaluates_alone, joined):
         message: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(message, told(step))
         found[step.__name__] = message

@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from batchnorm.benchmark import check, grid, machine, memory, plans, processes, publish, report
@@ -38,7 +39,8 @@ def run(out: Path, quick: bool, seconds: float | None = None, publish_to: Path |
         publish.check(publish_to, quick)
     console = Console(width=None if sys.stdout.isatty() else 130)  # a file or a pipe is as wide as the tables
     plan = plans.quick() if quick else plans.full()
-    found = measure(plan if seconds is None else replace(plan, seconds=seconds), console)
+    with torch.device("cpu"):
+        found = measure(plan if seconds is None else replace(plan, seconds=seconds), console)
     paths = [
         found.save(out / "benchmark.json"),
         report.save(found, out / "benchmark.md"),

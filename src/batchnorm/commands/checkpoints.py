@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.files import replacing
+from batchnorm.files import target
 
-__all__ = ["KEYS", "Checkpoint", "check_out", "fit", "is_safetensors", "read", "write"]
+__all__ = ["KEYS", "Checkpoint", "check_outs", "fit", "is_safetensors", "read", "save", "write"]
 
 _WRAPPERS = re.compile(r"(?:(?:module|_orig_mod)\.)*")
 KEYS = ("state_dict", "model_state_dict", "model")
@@ -127,9 +127,15 @@ def fit(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
     Raises:
         ValueError: naming the first weights that are missing, unexpected or of another shape. Missing may be another
-            name of a tied weight that is there, and counters of layers saved before there were any.
+            name of a tied weight that is there, and counters of layers saved before there were any. Or those, here or
+            there, that are sparse or have no values.
     """
     own = model.state_dict(keep_vars=True)
+    for what, weights in ((str(checkpoint.path), checkpoint.state), (type(model).__name__, own)):
+        for name, value in weights.items():
+            reason = _unusable(value)
+            if reason is not None:
+                raise ValueError(f"{name} of {what} {reason}")
     prefixes = _prefix(checkpoint.state), _prefix(own)
     state = _renamed(checkpoint.state, *prefixes)
     other = [
@@ -167,6 +173,16 @@ def _renamed(state: Any, old: str, new: str) -> Any:
     return made
 
 
+def _unusable(value: Any) -> str | None:
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return None
+    if value.is_meta:
+        return "is on the meta device, and has no values: make it on the CPU"
+    if value.layout is not torch.strided:
+        return f"is sparse ({value.layout}), which no layer of these is: make it dense, with to_dense()"
+    return None
+
+
 def _differ(own: Any, value: Any) -> bool:
     tensors = isinstance(own, Tensor) and isinstance(value, Tensor)
     return tensors and not is_lazy(own) and own.shape != value.shape
@@ -177,44 +193,65 @@ def _list(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(every[:most]) + (", …" if len(every) > most else "")
 
 
-def check_out(out: Path, source: Path, force: bool) -> None:
-    """Find out before the work whether a new file can be written there.
+def check_outs(outs: Iterable[Path | None], source: Path, force: bool) -> None:
+    """Find out before the work whether new files can be written there.
 
     Raises:
-        ValueError: if it is the input, by whatever name; or if there is a file, and no `force`.
-        OSError: if there is no such directory, or nothing can be written into it.
+        ValueError: if one is the input, or another one, by whatever name; or if there is a file, and no `force`.
+        OSError: if one is no file, if there is no such directory, or nothing can be written into it.
     """
-    if out.is_dir():
-        raise ValueError(f"{out} is a directory")
-    if out.exists():
-        if source.exists() and out.samefile(source):
-            raise ValueError(f"{out} is the checkpoint that is read, which is never written over: name another file")
-        if not force:
-            raise ValueError(f"{out} exists: name another file, or write over it with --force")
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass
+    seen: dict[Path, Path] = {}
+    for out in outs:
+        if out is None:
+            continue
+        place = target(out)
+        if place in seen:
+            raise ValueError(f"{out} and {seen[place]} are one file, and two are to be written: name another")
+        seen[place] = out
+        if place.exists():
+            if source.exists() and place.samefile(source):
+                raise ValueError(
+                    f"{out} is the checkpoint that is read, which is never written over: name another file"
+                )
+            if not force:
+                raise ValueError(f"{out} exists: name another file, or write over it with --force")
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
 
 
 def write(out: Path, checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> None:
     """Write a checkpoint again with some values changed; each keeps the dtype that it has in the file.
 
     Args:
-        out: the new file, in the same format; it appears whole or not at all.
+        out: the new file, in the same format; half of it may be there after an error.
         checkpoint: what was read.
         changed: new values by name; all else stays as it was.
     """
     state: Any = copy.copy(checkpoint.state)  # of an OrderedDict with torch's versions of layers, these too
     for name, value in changed.items():
         state[name] = value.detach().to("cpu", checkpoint.state[name].dtype).contiguous()
-    with replacing(out) as partial:
-        if is_safetensors(checkpoint.path):
-            safetensors.torch.save_file(state, partial, metadata=dict(checkpoint.metadata or {}) or None)
-        elif checkpoint.key is None:
-            torch.save(state, partial)
-        else:
-            content = copy.copy(checkpoint.content)
-            content[checkpoint.key] = state
-            torch.save(content, partial)
+    if is_safetensors(checkpoint.path):
+        safetensors.torch.save_file(state, out, metadata=dict(checkpoint.metadata or {}) or None)
+    elif checkpoint.key is None:
+        save(state, out)
+    else:
+        content = copy.copy(checkpoint.content)
+        content[checkpoint.key] = state
+        save(content, out)
+
+
+def save(value: Any, path: Path) -> None:
+    """Do what torch.save does, which hides the reason for which a file could not be written.
+
+    Raises:
+        OSError: that reason, such as a full disk.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        reason = error.__context__
+        raise reason if isinstance(reason, OSError) else error from None
 
 
 def is_safetensors(path: Path) -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import click
+
+from batchnorm.files import written
 
 __all__ = ["in_one_line", "one_line"]
 
@@ -22,26 +26,50 @@ _OTHERS = tuple(
 )
 
 
+FAILED, WRITTEN, STOPPED = 1, 3, 130  # exit codes; after the second alone something has been written
+
+
 @contextmanager
 def one_line(debug: bool = False) -> Iterator[None]:
-    """Turn whatever is raised in the block, by user code as well, into one line; Ctrl-C into "stopped".
+    """Turn whatever is raised in the block, by user code as well, into one line and an exit code.
 
     Args:
-        debug: let exceptions through, with their tracebacks.
+        debug: show the traceback, too.
     """
+    before = len(written)
     try:
         yield
     except (click.ClickException, click.exceptions.Exit):
         raise
-    except KeyboardInterrupt:
+    except BaseException as error:  # a script that exits has not made a model
         if debug:
-            raise
-        click.echo("batchnorm: stopped", err=True)
-        raise SystemExit(130) from None
-    except (Exception, SystemExit) as error:  # a script that exits has not made a model
-        if debug:
-            raise
-        raise click.ClickException(in_one_line(error)) from None
+            traceback.print_exc()
+        placed = ", ".join(map(str, written[before:]))
+        causes = [error, *_causes(error)]
+        stopped = any(isinstance(cause, KeyboardInterrupt) for cause in causes)
+        broken = next((cause for cause in causes if isinstance(cause, BrokenPipeError)), error)
+        said = "batchnorm: stopped" if stopped else f"Error: {in_one_line(broken)}"
+        _give_up_unwritable(sys.stdout)
+        click.echo(f"{said}; but written: {placed}" if placed else said, err=True)
+        raise click.exceptions.Exit(WRITTEN if placed else STOPPED if stopped else FAILED) from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What an exception was raised for: an interrupted import is an ImportError, a broken pipe the end of a program."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _give_up_unwritable(stream: TextIO | None) -> None:
+    """Let a stream that nobody reads, or whose disk is full, not fail once more at the end of the process."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        assert stream is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def in_one_line(error: BaseException) -> str:

@@ -47,8 +47,7 @@ def run(
     program = out is not None and out.suffix == ".pt2"
     if program and example is None and data is None:
         raise ValueError(f"{out} is to be a program of torch.export, which needs example inputs: say --example")
-    if out is not None:
-        checkpoints.check_out(out, checkpoint, force)
+    checkpoints.check_outs([out], checkpoint, force)
     read = checkpoints.read(checkpoint, key)
     made = in_mode(named.model(model), False)
     checkpoints.fit(made, read)
@@ -66,7 +65,7 @@ def run(
                 whole, metadata = _wrapped(folded.model, prefix), dict(read.metadata or {}) or None
                 safetensors.torch.save_model(whole, str(partial), metadata=metadata)
             else:
-                torch.save(_wrapped(folded.model, prefix).state_dict(), partial)
+                checkpoints.save(_wrapped(folded.model, prefix).state_dict(), partial)
     return folded
 
 

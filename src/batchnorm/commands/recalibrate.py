@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from batchnorm.commands import checkpoints, named
-from batchnorm.files import write_text
+from batchnorm.files import replacing
 from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
 
 __all__ = ["run"]
@@ -43,9 +44,7 @@ def run(
     Returns:
         The report, and how many values of the checkpoint change.
     """
-    for file in (out, json_out):
-        if file is not None:
-            checkpoints.check_out(file, checkpoint, force)
+    checkpoints.check_outs((out, json_out), checkpoint, force)
     if out is not None and checkpoints.is_safetensors(out) != checkpoints.is_safetensors(checkpoint):
         raise ValueError(f"{out} would have another format than {checkpoint}: the new checkpoint keeps the old one's")
     read = checkpoints.read(checkpoint, key)
@@ -59,8 +58,11 @@ def run(
         for name, value in net.state_dict(keep_vars=True).items()
         if name in names and id(value) in before and not value.allclose(before[id(value)], 0, 0, equal_nan=True)
     }
-    if out is not None and not dry_run:
-        checkpoints.write(out, read, changed)
-    if json_out is not None and not dry_run:
-        write_text(json_out, json.dumps(report.as_dict(), indent=1) + "\n")
+    if not dry_run:
+        with ExitStack() as files:  # all whole before the first takes its place
+            if json_out is not None:
+                text = json.dumps(report.as_dict(), indent=1) + "\n"
+                files.enter_context(replacing(json_out)).write_text(text, encoding="utf-8")
+            if out is not None:
+                checkpoints.write(files.enter_context(replacing(out)), read, changed)
     return report, len(changed)

@@ -1,8 +1,12 @@
 """The comparison: every arm over every rate and seed, then each at its best rate on fresh seeds."""
 
+import os
 import platform
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
+from typing import Any
 
 import torch
 from joblib import Parallel, cpu_count, delayed
@@ -74,5 +78,23 @@ def _version(package: str) -> str:
 
 def _execute(jobs: list[tuple[Arm, Data, float, int, Stage, Settings]], processes: int) -> Iterator[Run]:
     """Yield the runs of all jobs, in the jobs' order, as they end."""
-    parallel = Parallel(n_jobs=min(processes, len(jobs)), return_as="generator")
-    yield from parallel(delayed(train)(*job) for job in jobs)
+    yield from in_parallel([delayed(train)(*job) for job in jobs], processes)
+
+
+def in_parallel(calls: Sequence[Any], processes: int) -> Iterator[Any]:
+    """Yield the results of delayed calls, in their order, as they end.
+
+    A terminal sends Ctrl-C to all processes. Those that work do not hear it, since this one ends them: they would each
+    show a traceback of what they were importing.
+    """
+    parallel = Parallel(n_jobs=min(processes, len(calls)), return_as="generator")
+    if parallel.n_jobs == 1 or os.name != "posix":
+        yield from parallel(calls)
+        return
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as the processes that are started inherit it
+    try:
+        results = parallel(calls)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from results

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchnorm import pages
-from batchnorm.files import around, write_text
+from batchnorm.files import around, write_texts
 from batchnorm.pages import INK, MUTED
 from batchnorm.study.normalizers import GHOST, GROUP
 from batchnorm.study.small_batches import SYNC, Cell, Study
@@ -81,8 +81,7 @@ def publish(study: Study, folder: Path) -> list[Path]:
         "choosing.svg": figure(study),
         "choosing.json": study.to_json() + "\n",
     }
-    for name, text in contents.items():
-        write_text(folder / name, text)
+    write_texts({folder / name: text for name, text in contents.items()})
     return [folder / name for name in contents]
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchnorm.files import write_text
+from batchnorm.files import write_texts
 
 SCHEMA = "batchnorm.compare"
 VERSION = 2
@@ -180,8 +180,7 @@ class Comparison:
         directory = Path(directory)
         contents = {directory / "results.json": self.to_json(), directory / "report.html": render(self)}
         directory.mkdir(parents=True, exist_ok=True)
-        for path, text in contents.items():
-            write_text(path, text)
+        write_texts(contents)
         results, report = contents
         return results, report
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from joblib import Parallel, cpu_count, delayed
+from joblib import cpu_count, delayed
 
-from batchnorm.files import write_text
-from batchnorm.study.compare import MOST_PROCESSES, environment
+from batchnorm.files import write_texts
+from batchnorm.study.compare import MOST_PROCESSES, environment, in_parallel
 from batchnorm.study.data import Data
 from batchnorm.study.normalizers import GHOST, NORMS, SmallRun, run
 from batchnorm.study.results import Stage
@@ -153,8 +153,7 @@ class Study:
 
         contents = {"results.json": self.to_json(), "tables.md": markdown(self), "choosing.svg": figure(self)}
         directory.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            write_text(directory / name, text)
+        write_texts({directory / name: text for name, text in contents.items()})
         return [directory / name for name in contents]
 
 
@@ -214,11 +213,11 @@ class _Rounds:
         return max(sorted(by_rate), key=lambda rate: statistics.mean(by_rate[rate]))
 
     def _execute(self, jobs: list[tuple[Point, float, int]], stage: Stage) -> Iterator[SmallRun]:
-        parallel = Parallel(n_jobs=min(self.processes, len(jobs)), return_as="generator")
-        yield from parallel(
-            delayed(run)(self.data[point.data], point.arm, point.batch, self.budget.samples, rate, seed, stage)
-            for point, rate, seed in jobs
-        )
+        samples = self.budget.samples
+        calls = [
+            delayed(run)(self.data[at.data], at.arm, at.batch, samples, rate, seed, stage) for at, rate, seed in jobs
+        ]
+        yield from in_parallel(calls, self.processes)
 
 
 def _points(data: str, budget: Budget) -> Iterator[Point]:

@@ -67,7 +67,7 @@ class _Held(Guarded, nn.Module):
 
     _frozen: _Before
 
-    def _obstacle_to_takeover(self) -> str:
+    def _obstacle_to_takeover(self, by: str) -> str:
         return (
             "which would not be frozen any more: call batchnorm.unfreeze before, and batchnorm.freeze afterwards, "
             "which holds SyncBatchNorm too"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["copied", "tensors_in"]
+
+
+_EMPTY = (dict, OrderedDict, set)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -49,11 +53,14 @@ def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
         module: it is left as it was.
         memo: what stands for the objects with these ids in the copy.
     """
+    # Every module has a dozen dicts for hooks, nearly all of them empty: to copy these would take most of the time.
+    held = [value for part in module.modules() for value in vars(part).values() if type(value) in _EMPTY]
+    memo = {id(value): type(value)() for value in held if not value} | (memo or {})
     try:
-        return copy.deepcopy(module, dict(memo or {}))
+        return copy.deepcopy(module, dict(memo))
     except RuntimeError:
         held = [value for part in module.modules() for value in vars(part).values() if not isinstance(value, nn.Module)]
         kept = {id(t): t.detach().clone() for t in tensors_in(held) if t.grad_fn is not None}
         if not kept:
             raise
-        return copy.deepcopy(module, kept | (memo or {}))
+        return copy.deepcopy(module, kept | memo)

@@ -66,7 +66,7 @@ def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool, nudged
     outputs = gradients = 0.0
     for training in (True, False):
         right, found = (_run(model, inputs, training, wide) for model in (before, after))
-        rounded = right if nudged is None else _run(nudged, inputs, training, wide)
+        rounded = _Step([], []) if nudged is None else _run(nudged, inputs, training, wide)
         outputs = max(outputs, largest_difference(found.outputs, right.outputs, rounded.outputs))
         gradients = max(gradients, largest_difference(found.gradients, right.gradients, rounded.gradients))
     return Errors(outputs, gradients)
@@ -169,21 +169,31 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     Args:
         found: what is judged.
         right: what it should be.
-        rounded: what it might be for rounding alone; ten times as far off is as good as none.
+        rounded: what it might be for rounding alone. Ten times as far off is no more than the limit of ``check``.
     """
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")
-    sizes = [t.abs().max().item() if t.numel() else 0.0 for t in right]
-    floor = max([1e-3 * size for size in sizes if size < float("inf")] + [1e-300])
+    sizes = [_size(t) for t in right]
+    floor = max([1e-3 * size for size in sizes] + [1e-300])
     worst = 0.0
     for ours, theirs, size, near in zip(found, right, sizes, rounded or right, strict=True):
         allowed = _ULPS * max(_distance(near, theirs), torch.finfo(theirs.dtype).eps * size) if rounded else 0.0
-        distance = _distance(ours, theirs)
-        worst = max(worst, 0.0 if distance <= allowed else distance / max(size, floor))
+        worst = max(worst, _distance(ours, theirs) / max(size, floor, allowed / _LIMIT))
     return worst
 
 
+def _size(tensor: Tensor) -> float:
+    """The largest value, of those that are finite."""
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if largest < float("inf"):
+        return largest
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
 def _distance(ours: Tensor, theirs: Tensor) -> float:
+    if torch.equal(ours, theirs):
+        return 0.0
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     difference = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(nan=float("inf"))
     return difference.max().item() if difference.numel() else 0.0

@@ -13,6 +13,7 @@ from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import calls_of
 from batchnorm.surgery.find import TORCHS, hooked_between
+from batchnorm.surgery.fusing.ahead import Ahead
 from batchnorm.surgery.fusing.observe import observed
 from batchnorm.surgery.fusing.rewrite import absorb
 from batchnorm.surgery.fusing.traced import Tracing
@@ -31,7 +32,9 @@ class Fused:
         fused: for each layer that does more now, by its qualified name, what: "relu", "add", "add + relu", ...
         skipped: for every other batch normalization layer, why not.
         method: for each fused layer, how: "module replaced" (the activation's module made room; no forward changed),
-            "forward rewritten" (see ``rewritten``), or "observed" (as the first, found by running the example inputs).
+            "forward rewritten" (see ``rewritten``), "observed" (as the first, found by running the example inputs),
+            "done ahead" (found so, too: no forward changed, and what it calls as activation finds that it is done), or
+            "its class's own" (another package's class that applied the activation itself, such as timm's).
         rewritten: the names of the modules whose forward is now the one that tracing recorded.
         max_error: the largest difference of an output or a buffer from the original model's on the example inputs,
             relative to the largest value of its tensor; None without example inputs.
@@ -139,12 +142,16 @@ def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
             tracing.reasons[layer] = f"{tracing.unseen[layer]}; observed: {found}"
             continue
         module, activation = found
-        hooked = hooked_between(model, tracing.name(layer), tracing.name(module))
+        name, place = tracing.name(layer), "" if module is None else tracing.name(module)
+        hooked = hooked_between(model, name, place)
         if hooked is not None:
             tracing.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
-            continue
-        absorb(model, tracing.name(layer), tracing.name(module), activation)
-        tracing.note(layer, activation.name, "observed")
+        elif module is None:
+            layer._ahead = Ahead(activation, name)  # type: ignore[assignment]
+            tracing.note(layer, activation.name, "done ahead")
+        else:
+            absorb(model, name, place, activation)
+            tracing.note(layer, activation.name, "observed")
 
 
 def _result(model: nn.Module, tracing: Tracing, left: dict[str, str], errors: Errors | None) -> Fused:

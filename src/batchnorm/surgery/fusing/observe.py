@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.activations import Activation, activation_of
 from batchnorm.kernels import using
+from batchnorm.surgery.elementwise import activation_in
 from batchnorm.surgery.example import forward, in_mode, seeded
 from batchnorm.surgery.find import hooks_of, names_of, shadow
+from batchnorm.surgery.fusing.ahead import only_asks
+from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, step
+from batchnorm.surgery.fusing.patterns import has_zero_channels
 from batchnorm.surgery.tensors import tensors_in
 
 __all__ = ["Witness", "observed", "witnessed"]
 
-# Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
-_VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
-_GETTERS = {getattr(Tensor, name).__get__ for name in _VALUES}
-# In evaluation they hand on what they are given.
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+Found = tuple[nn.Module | None, Activation]
 
 
-Found = tuple[nn.Module, Activation]
+class _Applies(str):
+    """The name of the function that completes an activation."""
+
+    activation: Activation
+
+
+@dataclass
+class _Value:
+    """A layer's output, or something computed from it that may become an activation.
+
+    Attributes:
+        tensor: kept alive, so that no other gets its id.
+        layer: whose output it is.
+        readers: what read the layer's output, or what was computed from it.
+        formula: what it is.
+        steps: those of the readers that led to it.
+    """
+
+    tensor: Tensor
+    layer: nn.Module
+    readers: list[nn.Module | str]
+    formula: str = Y
+    steps: tuple[str, ...] = ()
 
 
 class Witness(TorchFunctionMode):
@@ -45,7 +67,7 @@ class Witness(TorchFunctionMode):
         self._parameters = {id(p) for p in parameters}
         self.readers: dict[nn.Module, list[list[nn.Module | str]]] = {layer: [] for layer in layers}
         self.fed: dict[nn.Module, set[nn.Module | None]] = {activation: set() for activation in activations}
-        self._outputs: dict[int, tuple[Tensor, nn.Module, list[nn.Module | str]]] = {}
+        self._values: dict[int, _Value] = {}
         self._within: list[nn.Module] = []  # the activation that is running
 
     def attach(self) -> None:
@@ -57,39 +79,65 @@ class Witness(TorchFunctionMode):
             activation.register_forward_hook(self._finished, always_call=True)
 
     def _left(self, layer: nn.Module, args: Any, output: Tensor) -> None:
-        readers: list[nn.Module | str] = []
-        self.readers[layer].append(readers)
-        self._outputs[id(output)] = output, layer, readers  # kept alive, so that no other tensor gets its id
+        self.readers[layer].append([])
+        self._values[id(output)] = _Value(output, layer, self.readers[layer][-1])
 
     def _entered(self, activation: nn.Module, args: tuple[Any, ...]) -> None:
         self._within.append(activation)
-        found = self._outputs.get(id(args[0])) if args else None
-        self.fed[activation].add(None if found is None else found[1])
+        found = self._values.get(id(args[0])) if args else None
+        whole = found is not None and found.formula == Y
+        self.fed[activation].add(found.layer if found is not None and whole else None)
         if found is not None:
-            found[2].append(activation)
+            found.readers.append(activation if whole else type(activation).__name__)
 
     def _finished(self, activation: nn.Module, args: Any, output: Any) -> None:
         self._within.pop()
         if args and output is args[0]:  # in place: who reads it now reads the activation's
-            self._outputs.pop(id(output), None)
+            self._values.pop(id(output), None)
 
     def returned(self, results: Any) -> None:
         """Note that the model gives some outputs of layers away."""
         for tensor in tensors_in(results):
-            if id(tensor) in self._outputs:
-                self._outputs[id(tensor)][2].append("who called the model")
+            if id(tensor) in self._values:
+                self._values[id(tensor)].readers.append("who called the model")
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        silent = getattr(func, "__name__", "") == "__get__" and func not in _GETTERS
-        result = func(*args, **(kwargs or {}))
-        silent = silent or (func in _DROPOUTS and bool(args) and result is args[0])
-        if not self._within and not silent:
-            for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
-                if id(tensor) in self._outputs:
-                    self._outputs[id(tensor)][2].append(getattr(func, "__name__", str(func)))
-                if id(tensor) in self._parameters:
-                    self.touched.add(id(tensor))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._within and not only_asks(func, args, result):
+            read = tree_leaves((args, kwargs))
+            self.touched |= self._parameters & {*map(id, read)}
+            values = [self._values[id(t)] for t in read if id(t) in self._values]
+            if values and not self._followed(values, func, args, kwargs, result):
+                for value in values:
+                    value.readers.append(getattr(func, "__name__", str(func)))
         return result
+
+    def _followed(self, values: list[_Value], func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+        """Whether a call computes an activation of a layer's output, or a part of one."""
+        first, name = values[0], getattr(func, "__name__", str(func))
+        if any(value.readers is not first.readers for value in values):
+            return False
+        if clamps(func) and has_zero_channels(first.layer):
+            return False
+        found = step(func, *tree_map(self._formula, (tuple(args), dict(kwargs))))
+        steps = tuple(name for value in {id(value): value for value in values}.values() for name in value.steps)
+        if isinstance(found, str):
+            first.readers.append(name)
+            self._values[id(result)] = _Value(result, first.layer, first.readers, found, (*steps, name))
+        elif found is not None:
+            for each in steps:
+                if each in first.readers:
+                    first.readers.remove(each)
+            first.readers.append(_Applies(name))
+            first.readers[-1].activation = found  # type: ignore[union-attr]
+            if in_place(func, args, kwargs):  # who reads it now reads the activation's
+                self._values.pop(id(result), None)
+        return found is not None
+
+    def _formula(self, value: Any) -> Any:
+        known = self._values.get(id(value))
+        return value if known is None else known.formula
 
     def verdict(self, layer: nn.Module) -> nn.Module | str:
         """The activation that is all that ever reads a layer's output, and reads nothing else; or why there is none."""
@@ -115,14 +163,57 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
         layers: to be observed.
 
     Returns:
-        For each layer, the module of the activation that is all that ever reads it and reads nothing else, and what
-        it computes.
+        For each layer, what is all that is ever computed from its output; and the module that computes it and nothing
+        else, if there is one.
     """
     names = names_of(model)
-    verdicts: dict[nn.Module, Found | str] = {}
-    for layer, verdict in witnessed(model, inputs, layers, [m for m in names if _known(m)]).items():
-        verdicts[layer] = verdict if isinstance(verdict, str) else _usable(verdict, names)
-    return verdicts
+    known = {module: activation for module in names if (activation := activation_in(module)) is not None}
+    witness, original = _seen(model, inputs, layers, known)
+    return {original[layer]: _found(witness, layer, original, known, names) for layer in witness.readers}
+
+
+def _found(
+    witness: Witness,
+    layer: nn.Module,
+    original: dict[nn.Module, nn.Module],
+    known: dict[nn.Module, Activation],
+    names: dict[nn.Module, list[str]],
+) -> Found | str:
+    alone = witness.verdict(layer)
+    if isinstance(alone, nn.Module) and len(names[original[alone]]) == 1 and not hooks_of(alone):
+        return original[alone], known[original[alone]]
+    activations = set()
+    for readers in witness.readers[layer]:
+        reader = readers[0] if len(readers) == 1 else ""
+        if isinstance(reader, nn.Module) and hooks_of(original[reader]):
+            return "its activation's module has hooks"
+        activations.add(_activation(reader))
+    activation = activations.pop() if len(activations) == 1 else None
+    return str(alone) if activation is None else (None, activation)
+
+
+def _activation(reader: nn.Module | str) -> Activation | None:
+    """What a reader computes, as far as it does so in steps that are known."""
+    if isinstance(reader, str):
+        return getattr(reader, "activation", None)
+    try:
+        return activation_of(reader)
+    except TypeError:
+        return None
+
+
+def _seen(
+    model: nn.Module, inputs: Any, layers: Iterable[nn.Module], readers: Iterable[nn.Module]
+) -> tuple[Witness, dict[nn.Module, nn.Module]]:
+    """Watch a copy of the model run; the original of each of its modules."""
+    twin, original = shadow(model)
+    twins = {module: part for part, module in original.items()}
+    witness = Witness([twins[layer] for layer in layers], [twins[reader] for reader in readers])
+    witness.attach()
+    for training in (True, False):
+        with seeded(twin), using("aten"), witness:
+            witness.returned(forward(in_mode(twin, training), inputs))
+    return witness, original
 
 
 def witnessed(
@@ -139,29 +230,9 @@ def witnessed(
     Returns:
         For each layer, the reader that is all that ever reads it and reads nothing else.
     """
-    twin, original = shadow(model)
-    twins = {module: part for part, module in original.items()}
-    witness = Witness([twins[layer] for layer in layers], [twins[reader] for reader in readers])
-    witness.attach()
-    for training in (True, False):
-        with seeded(twin), using("aten"), witness:
-            witness.returned(forward(in_mode(twin, training), inputs))
+    witness, original = _seen(model, inputs, layers, readers)
     verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
     return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
-
-
-def _usable(module: nn.Module, names: dict[nn.Module, list[str]]) -> Found | str:
-    activation = _known(module)
-    if len(names[module]) > 1 or activation is None:
-        return "its activation's module is shared"
-    return "its activation's module has hooks" if hooks_of(module) else (module, activation)
-
-
-def _known(module: nn.Module) -> Activation | None:
-    try:
-        return activation_of(module)
-    except TypeError:
-        return None
 
 
 def _told(reader: nn.Module | str) -> str:

@@ -12,7 +12,7 @@ from batchnorm.surgery.find import hooks_of
 from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, is_addition, step
 from batchnorm.surgery.fusing.values import Form, Values
 
-__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described"]
+__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described", "has_zero_channels"]
 
 LEAVES = "its output leaves the graph"
 
@@ -115,7 +115,7 @@ def chain_of(call: fx.Node, parts: Parts, values: Values | None) -> Chain | str:
         nodes += _past_identities(user, parts)
     chain.activation, chain.acts = _activation(nodes[-1], parts)
     if chain.acts:
-        if any(clamps(parts.called(node)) for node in chain.acts) and _zero_channels(parts[str(call.target)]):
+        if any(clamps(parts.called(node)) for node in chain.acts) and has_zero_channels(parts[str(call.target)]):
             return "weight and bias of a channel are 0, where a clamp's gradient is 1 and that of an activation 0"
         chain.nodes = [*nodes, *chain.acts]
     return chain if chain.nodes else _nothing_behind(nodes[-1], parts)
@@ -125,7 +125,7 @@ def _nothing_behind(end: fx.Node, parts: Parts) -> str:
     """Why nothing that follows can be fused."""
     user = _only_user(end)
     if user is None:
-        readers = " and ".join(described(user, parts) for user in end.users)
+        readers = " and ".join(described(user, parts) for user in _readers(end))
         return f"its output is read by {readers}" if readers else "its output is not used"
     if user.op == "output":
         return LEAVES
@@ -143,8 +143,20 @@ def described(node: fx.Node, parts: Parts) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value; others only ask for its shape and the like, which the fused call does not change."""
+    return [user for user in node.users if not _asks(user)]
+
+
+def _asks(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "is_floating_point")
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    readers = _readers(node)
+    return readers[0] if len(readers) == 1 else None
 
 
 def _past_identities(node: fx.Node, parts: Parts) -> list[fx.Node]:
@@ -173,11 +185,11 @@ def _activation(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.
     grown = True
     while grown:
         grown = False
-        for node in sorted({user for known in formulas for user in known.users} - formulas.keys()):
+        for node in sorted({user for known in formulas for user in _readers(known)} - formulas.keys()):
             found = _step(node, formulas, parts)
             if isinstance(found, Activation):
                 within = {*formulas, node}
-                if all(user in within for known in formulas for user in known.users):
+                if all(user in within for known in formulas for user in _readers(known)):
                     return found, [*list(formulas)[1:], node]
             elif found is not None:
                 formulas[node] = found
@@ -192,13 +204,13 @@ def _step(node: fx.Node, formulas: dict[fx.Node, str], parts: Parts) -> str | Ac
     if isinstance(called, nn.Module) and (hooks_of(called) or "forward" in vars(called)):
         return None
     target = node.all_input_nodes[0]
-    if in_place(called, node.args, node.kwargs) and any(user > node for user in target.users if user is not node):
+    if in_place(called, node.args, node.kwargs) and any(user > node for user in _readers(target)):
         return None
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda a: formulas[a])
     return step(called, args, kwargs)
 
 
-def _zero_channels(layer: Any) -> bool:
+def has_zero_channels(layer: Any) -> bool:
     """Whether the output is exactly 0 in a channel, as it is where training starts from zeros."""
     if layer.weight is None:
         return False
@@ -216,6 +228,8 @@ def _is_add(node: fx.Node) -> bool:
 def _obstacle_to_adding(call: fx.Node, end: fx.Node, add: fx.Node, values: Values | None) -> str | None:
     if add.args[0] is add.args[1]:
         return "it is added to itself"
+    if any(user < add for user in (*call.users, *end.users) if _asks(user)):
+        return "its shape is asked for before the addition"
     residual: Any = next(a for a in add.args if a is not end)
     if values is None:
         return "an addition needs example_inputs, which tell the shapes"

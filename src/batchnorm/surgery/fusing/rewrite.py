@@ -209,7 +209,8 @@ def _fuse(graph: fx.Graph, chain: Chain) -> None:
     with graph.inserting_before(chain.place):
         fused = graph.call_module(str(chain.call.target), chain.call.args, {**chain.call.kwargs, **residual})
     fused.meta = dict(chain.call.meta)
-    chain.last.replace_all_uses_with(fused)
+    for node in chain.nodes:  # of the last one the value is read, of others only the shape
+        node.replace_all_uses_with(fused)
     for node in reversed(chain.nodes):
         graph.erase_node(node)
 

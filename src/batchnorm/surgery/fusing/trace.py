@@ -68,55 +68,57 @@ def trace(module: nn.Module, leaf: Leaf, modes: Sequence[bool] = (True, False), 
     Raises:
         UntraceableError: with the reason.
     """
-    graphs = []
+    try:
+        twin, parts = shadow(module)
+    except Exception as error:
+        raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
     with refusing():
-        for training in modes:
-            graphs.append(_traced(module, leaf, training, to_run))
+        graphs = [_traced(twin, training, lambda part: leaf(parts[part]), to_run) for training in modes]
     if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
     return graphs[0]
 
 
-def _traced(module: nn.Module, leaf: Leaf, training: bool, to_run: bool) -> fx.Graph:
-    try:
-        twin, parts = shadow(module)
-    except Exception as error:  # a tensor of a graph, kept as an attribute; whatever else does not copy
-        raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
-    for part in twin.modules():
+def _traced(module: nn.Module, training: bool, leaf: Leaf, to_run: bool) -> fx.Graph:
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    for part in module.modules():
         part.training = training
-    before = {part: _attributes(part) for part in parts if not isinstance(part, torch.jit.ScriptModule)}
+    before = _Held(parts)
     draws = torch.get_rng_state(), random.getstate()
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")  # they will come when the model runs
-            graph = _Tracer(lambda part: leaf(parts[part]), to_run).trace(twin)
+            graph = _Tracer(leaf, to_run).trace(module)
     finally:
         drawn = not torch.equal(draws[0], torch.get_rng_state()) or draws[1] != random.getstate()
         torch.set_rng_state(draws[0])
         random.setstate(draws[1])
     if drawn:
         raise UntraceableError("it draws random numbers that are no function of its input")
-    if any(not _same(_attributes(part), attributes) for part, attributes in before.items()):
+    if not _Held(parts).same(before):
         raise UntraceableError("its forward sets attributes")
     return graph
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds, and what the lists and dicts among that hold."""
-    return {name: (value, _contents(value)) for name, value in vars(module).items()}
+class _Held:
+    """What modules hold, what the lists and dicts among that hold, and how often their tensors were written into."""
 
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        values: list[Any] = []  # themselves, not their ids, which others might get
+        for module in modules:
+            for name, value in vars(module).items():
+                values += (name, value)
+                if value and isinstance(value, (dict, list, set)):
+                    values += value
+                    values += value.values() if isinstance(value, dict) else ()
+        self._values = values
+        self._versions = [v._version for v in values if isinstance(v, Tensor) and not v.is_inference()]
 
-def _contents(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return list(value) if isinstance(value, (list, set)) else []
-
-
-def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    if now.keys() != before.keys():
-        return False
-    pairs = [(now[name], before[name]) for name in now]
-    return all(a[0] is b[0] and [*map(id, a[1])] == [*map(id, b[1])] for a, b in pairs)
+    def same(self, other: _Held) -> bool:
+        """Whether nothing is another object, and no tensor was written into."""
+        return self._versions == other._versions and (
+            len(self._values) == len(other._values) and all(map(operator.is_, self._values, other._values))
+        )
 
 
 class _Proxy(fx.Proxy):

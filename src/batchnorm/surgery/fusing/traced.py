@@ -75,8 +75,9 @@ class Tracing:
             return f"it is shared, by {' and '.join(self._names[layer])}"
         if hooks_of(layer):
             return "it has hooks, which would see the fused output"
-        if layer.activation is not None:
-            return f"it has the activation {layer.activation.name} already"
+        known = layer.activation or (layer._ahead and layer._ahead.activation)
+        if known is not None:
+            return f"it has the activation {known.name} already"
         return "it works in place" if layer.inplace else None
 
     def sole_name(self, module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.epilogue import WithEpilogue
 from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.find import TORCHS
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, let_go, restore
@@ -38,6 +39,9 @@ def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:
             let_go(layer)
         restore(module)
         undone[names[module]] = type(module).__name__
+    for layer in names:
+        if isinstance(layer, WithEpilogue):
+            vars(layer).pop("_ahead", None)
     for parent in names:
         for key, child in parent._modules.items():
             if isinstance(child, Absorbed) and _free(child, names, staying):
