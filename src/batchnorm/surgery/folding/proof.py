@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from batchnorm.surgery.find import shadow
 from batchnorm.surgery.verify import comparable, evaluated, largest_difference
 
 __all__ = ["Proof"]
@@ -51,7 +52,7 @@ class Proof(Generic[Step]):
         try:
             wide = copy.deepcopy(model).double()
             self._wide_inputs = tree_map(_doubled, inputs)
-            self._wide_right = evaluated(wide, self._wide_inputs)
+            self._wide_right = evaluated(shadow(wide)[0], self._wide_inputs, copy=False)
         except Exception:  # a dtype is written into the model, in whatever way
             return
         self._wide, self._limit = wide, 1e-9
