@@ -53,7 +53,9 @@ def refusal(case: Case, subject: Any) -> list[str]:
     try:
         batch_norm(**arguments)
     except Exception as error:
-        faults = [] if isinstance(error, expected) else [f"{case.bad}: {type(error).__name__}: {error}; torch: {expected}"]
+        faults = (
+            [] if isinstance(error, expected) else [f"{case.bad}: {type(error).__name__}: {error}; torch: {expected}"]
+        )
     else:
         faults = [f"{case.bad}: accepted, where {expected.__name__} was expected"]
     for name, before in kept.items():
