@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from batchnorm.surgery.find import is_batch_norm, shadow
 from batchnorm.surgery.line import is_linear_map
 
-__all__ = ["UntraceableError", "is_container", "refusing", "takes_fixed_arguments", "trace"]
+__all__ = ["Shadows", "UntraceableError", "is_container", "refusing", "takes_fixed_arguments", "trace"]
 
 Leaf = Callable[[nn.Module], bool]
 
@@ -53,7 +53,35 @@ def takes_fixed_arguments(module: nn.Module) -> bool:
     return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def trace(module: nn.Module, leaf: Leaf, modes: Sequence[bool] = (True, False), to_run: bool = False) -> fx.Graph:
+class Shadows:
+    """Copies of a model's modules to try things on: one of the whole model, as long as nothing has gone wrong in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._spoilt: set[nn.Module] = set()
+        try:
+            _, self._parts = shadow(model)
+        except Exception:  # some part does not copy
+            self._parts = {}
+        self._twins = {part: twin for twin, part in self._parts.items()}
+
+    def of(self, module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+        """A module's copy, and for each of its parts the original."""
+        if module in self._twins and self._spoilt.isdisjoint(module.modules()):
+            return self._twins[module], self._parts
+        return shadow(module)
+
+    def spoil(self, module: nn.Module) -> None:
+        """Do not use this copy again: a forward may have written into it."""
+        self._spoilt.update(module.modules())
+
+
+def trace(
+    module: nn.Module,
+    leaf: Leaf,
+    modes: Sequence[bool] = (True, False),
+    to_run: bool = False,
+    shadows: Shadows | None = None,
+) -> fx.Graph:
     """Record what a module's forward does with its arguments.
 
     Tracing runs the forward once and believes what happened. So it runs twice, in training with gradients and in
@@ -64,16 +92,22 @@ def trace(module: nn.Module, leaf: Leaf, modes: Sequence[bool] = (True, False), 
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
         modes: in which modes to run it, training (True) or evaluation, where one of them alone is asked about.
         to_run: whether the graph will be the module's forward, so that what is returned must be of its own class.
+        shadows: of a model with this module, if that has not changed since.
 
     Raises:
         UntraceableError: with the reason.
     """
     try:
-        twin, parts = shadow(module)
+        twin, parts = shadow(module) if shadows is None else shadows.of(module)
     except Exception as error:
         raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
-    with refusing():
-        graphs = [_traced(twin, training, lambda part: leaf(parts[part]), to_run) for training in modes]
+    try:
+        with refusing():
+            graphs = [_traced(twin, training, lambda part: leaf(parts[part]), to_run) for training in modes]
+    except UntraceableError:
+        if shadows is not None:
+            shadows.spoil(module)
+        raise
     if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
     return graphs[0]

@@ -12,7 +12,15 @@ from batchnorm.surgery.example import Calls
 from batchnorm.surgery.find import TORCHS, hooks_of, is_batch_norm, names_of
 from batchnorm.surgery.fusing.patterns import LEAVES, Chain, Parts, additions_of, calls_of_layers, chain_of
 from batchnorm.surgery.fusing.rewrite import absorb, rewrite
-from batchnorm.surgery.fusing.trace import Leaf, UntraceableError, is_container, refusing, takes_fixed_arguments, trace
+from batchnorm.surgery.fusing.trace import (
+    Leaf,
+    Shadows,
+    UntraceableError,
+    is_container,
+    refusing,
+    takes_fixed_arguments,
+    trace,
+)
 from batchnorm.surgery.fusing.values import Values
 
 __all__ = ["Tracing"]
@@ -58,8 +66,9 @@ class Tracing:
         """Trace all modules with batch normalization inside whose forward runs, from the innermost outwards."""
         inwards = [module for module in self._names if module in self._with_layers]
         outwards = inwards[::-1]
+        shadows = Shadows(self._model)
         for module in outwards:
-            self._look_into(module)
+            self._look_into(module, shadows)
         called = self._called(inwards)
         return [(m, self._graphs[m][0]) for m in outwards if m in called and m in self._graphs]
 
@@ -93,7 +102,7 @@ class Tracing:
 
     # --- what can be traced ---
 
-    def _look_into(self, module: nn.Module) -> None:
+    def _look_into(self, module: nn.Module, shadows: Shadows) -> None:
         if not is_container(module) or type(module).forward is nn.Module.forward:
             return
         if "forward" in vars(module):
@@ -104,7 +113,7 @@ class Tracing:
             return
         for leaf in self._leaves():
             try:
-                self._graphs[module] = trace(module, leaf, self._modes), leaf
+                self._graphs[module] = trace(module, leaf, self._modes, shadows=shadows), leaf
             except UntraceableError as error:
                 self._opaque[module] = str(error)
             else:
