@@ -16,6 +16,8 @@ from batchnorm.moments import Moments
 
 __all__ = ["Group"]
 
+_MESSAGES = {4: torch.float32, 8: torch.float64}  # by the bytes of a number
+
 
 class Group:
     """The processes that share their moments.
@@ -23,18 +25,19 @@ class Group:
     Args:
         process_group: of ``torch.distributed``; None for the default one.
         name: the layer's, for errors.
+        agreed: what they have agreed on before, (channels, bytes of a number), if anything; it is kept here.
 
     Raises:
-        RuntimeError: if there is no process group.
+        RuntimeError: if there is no process group, or this process is not in it.
     """
 
-    def __init__(self, process_group: Any, name: str) -> None:
+    def __init__(self, process_group: Any, name: str, agreed: list[tuple[int, int]]) -> None:
         if not dist.is_available() or (process_group is None and not dist.is_initialized()):
             raise RuntimeError(
                 f"Default process group has not been initialized, and {name} takes its moments over all processes: "
                 "call torch.distributed.init_process_group(), start with torchrun, or use another policy than Sync"
             )
-        self._group, self._name = process_group, name
+        self._group, self._name, self._agreed = process_group, name, agreed
         self.size = dist.get_world_size(process_group)
         if self.size < 1:
             raise RuntimeError(
@@ -42,50 +45,52 @@ class Group:
                 "moments over: give it a layer of another policy, or Sync with a group that it is in"
             )
 
-    def agree(self, channels: int, bytes_a_number: int, device: torch.device) -> None:
+    def agree(self, channels: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raise in all processes unless they have layers alike: messages of different lengths would end the program.
+
+        They agree once, and again when one has other channels or another dtype. The others do not know of that, and
+        expect a message of the length that was agreed on. They get one, whose count is negative, and so they know.
+
+        Args:
+            channels: of this process' input.
+            dtype: of its messages.
+            device: where messages are made. Only on CPUs does a change in one process alone find the others
+                prepared: elsewhere they would have to wait for the device in each step.
 
         Raises:
             RuntimeError: with the channels that each has.
         """
-        if self.size == 1:
+        wanted = channels, dtype.itemsize
+        if self.size == 1 or torch.compiler.is_compiling() or self._agreed == [wanted]:
             return
-        heard = self.gathered(torch.tensor([channels, bytes_a_number], device=device)).tolist()
+        if self._agreed and device.type == "cpu":
+            channels, itemsize = self._agreed[0]
+            self.gathered(torch.full((2 * channels + 1,), -1.0, dtype=_MESSAGES[itemsize]))
+        self._compare(wanted, device)
+
+    def _compare(self, wanted: tuple[int, int], device: torch.device) -> None:
+        heard = self.gathered(torch.tensor(wanted, device=device)).tolist()
         if any(one != heard[0] for one in heard):
             raise RuntimeError(
                 f"{self._name}: all processes must have the same number of channels, and float64 in all or none, "
                 f"but (channels, bytes of a number) are {', '.join(str(tuple(one)) for one in heard)}"
             )
+        self._agreed[:] = [wanted]
 
     def merged(self, own: Moments, dtype: torch.dtype) -> Moments:
         """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable.
 
         Raises:
-            RuntimeError: in all processes, if some have become float64 since they agreed.
+            RuntimeError: in all processes, if one has changed since they agreed.
         """
         told = torch.cat((own.count[:1], own.mean, own.biased_variance)).to(dtype)
-        if self.size > 1:
-            if dtype == torch.float64 and not torch.compiler.is_compiling():
-                # A message as long as float32's comes first: others may still be that, and different lengths would end
-                # the program. Its first number, the count, says by its sign which they are.
-                self._check_dtypes(self.gathered(torch.full_like(told, -1, dtype=torch.float32)), dtype)
-            told = _Gather.apply(told, self)
-        heard = told.double().view(self.size, -1)
-        if self.size > 1 and dtype != torch.float64:
-            self._check_dtypes(heard, dtype)
         C = own.mean.shape[0]
+        heard = (_Gather.apply(told, self) if self.size > 1 else told).double().view(self.size, -1)
+        if not torch.compiler.is_compiling() and heard.is_cpu and bool((heard[:, 0] < 0).any()):  # see `agree`
+            self._compare((C, dtype.itemsize), told.device)
+            return self.merged(own, dtype)
         counts = heard[:, :1].expand(-1, C)
         return Moments(counts, heard[:, 1 : 1 + C], heard[:, 1 + C :] * counts).merged(0)
-
-    def _check_dtypes(self, heard: Tensor, dtype: torch.dtype) -> None:
-        if heard.is_cuda or torch.compiler.is_compiling():  # a GPU would have to be waited for
-            return
-        wide = (heard[:, 0] < 0).tolist()
-        if any(one != (dtype == torch.float64) for one in wide):
-            raise RuntimeError(
-                f"{self._name}: all processes must have float64 layers or none, but ranks "
-                f"{', '.join(str(rank) for rank, is_wide in enumerate(wide) if is_wide)} have: call .double() in all"
-            )
 
     def summed(self, own: Tensor, dtype: torch.dtype) -> Tensor:
         """Add the tensors of all processes up; the messages are in `dtype`."""

@@ -152,10 +152,8 @@ def _kernel(call: Call, together: bool) -> str:
 
 
 def _group(sync: Sync, x: Tensor) -> Group:
-    group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
-    if not sync.met and not torch.compiler.is_compiling():
-        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4, x.device)
-        sync.met.append(True)
+    group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)", sync.agreed)
+    group.agree(x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
     return group
 
 

@@ -169,7 +169,7 @@ def training_errors(rank: int) -> dict[str, float]:
     return {name: float((t - expected[name]).abs().max()) for name, t in model.state_dict().items()}
 
 
-def bytes_sent() -> dict[str, int]:
+def bytes_sent() -> dict[str, dict[str, int]]:
     """Bytes that one process sends in a step of a layer of 64 channels."""
     sent = {"forward": 0, "backward": 0}
     originals = dist.all_gather_single, dist.all_reduce
@@ -183,13 +183,19 @@ def bytes_sent() -> dict[str, int]:
         return originals[1](own, **options)
 
     layer = batchnorm.BatchNorm2d(64, statistics=Sync())
-    layer(torch.randn(4, 64, 5, 5))  # which also compares the numbers of channels
-    dist.all_gather_single, dist.all_reduce = gather, reduce
-    try:
-        layer(torch.randn(4, 64, 5, 5)).square().sum().backward()
-    finally:
-        dist.all_gather_single, dist.all_reduce = originals
-    return sent
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        layer.to(dtype)
+        x = torch.randn(4, 64, 5, 5, dtype=dtype)
+        layer(x)  # which also compares the numbers of channels, and the dtypes
+        sent.update(forward=0, backward=0)
+        dist.all_gather_single, dist.all_reduce = gather, reduce
+        try:
+            layer(x).square().sum().backward()
+        finally:
+            dist.all_gather_single, dist.all_reduce = originals
+        found[str(dtype)] = dict(sent)
+    return found
 
 
 def compile_once(group: Any) -> None:
@@ -263,6 +269,46 @@ def fail() -> dict[str, Any]:
             layer.double()
         layer(torch.randn(8, 5, dtype=layer.weight.dtype))
 
+    def floated(group: Any) -> None:
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(group, name="head.norm")).double()
+        layer(torch.randn(8, 5).double())
+        if rank == 0:
+            layer.float()
+        layer(torch.randn(8, 5, dtype=layer.weight.dtype))
+
+    def other_channels(group: Any) -> None:
+        layer = free(group)
+        layer(torch.randn(8, 5))
+        layer(torch.randn(8, 5 + rank))
+
+    def free(group: Any) -> Any:
+        """A layer for any number of channels."""
+        return batchnorm.BatchNorm1d(
+            5, affine=False, track_running_stats=False, statistics=Sync(group, name="head.norm")
+        )
+
+    def changed_by_all(group: Any) -> None:
+        """All change, also after one was wrong alone: then everything is as it should be."""
+        layer = free(group)
+        for C, dtype in ((5, torch.float32), (7, torch.float32), (7, torch.float64), (2, torch.float64)):
+            message = ""
+            try:
+                layer(torch.randn(8, 9 if rank == 0 else C))
+            except RuntimeError as error:
+                message = str(error)
+            assert f"(9, 4), ({C}, 4)" in message, message
+            for _ in range(2):
+                x = torch.randn(16, C, generator=torch.Generator().manual_seed(C)).to(dtype)
+                own = x[8 * rank : 8 * rank + 8].clone().requires_grad_()
+                y = layer(own)
+                y.pow(3).sum().backward()
+                whole = x.double().requires_grad_()
+                right = nn.functional.batch_norm(whole, None, None, training=True)
+                right.pow(3).sum().backward()
+                mine = slice(8 * rank, 8 * rank + 8)
+                assert distance(y, right[mine]) < 1e-5
+                assert distance(own.grad, whole.grad[mine]) < 1e-4
+
     def outside(group: Any) -> None:
         first = dist.new_group([0])
         layer = batchnorm.BatchNorm1d(5, statistics=Sync(first, name="head.norm"))
@@ -284,7 +330,11 @@ def fail() -> dict[str, Any]:
     for dtype in (torch.float32, torch.float64):  # compiles what is used below
         batchnorm.BatchNorm1d(5, statistics=Sync(), dtype=dtype)(torch.randn(8, 5, dtype=dtype)).sum().backward()
     found = {}
-    for step in (uneven, backward_missing, channels, doubled, outside, evaluates_alone, joined):
+    steps = (
+        uneven, backward_missing, channels, doubled, floated, other_channels, changed_by_all, outside, evaluates_alone,
+        joined,
+    )  # fmt: skip
+    for step in steps:
         message: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(message, told(step))
         found[step.__name__] = message

@@ -61,7 +61,8 @@ def test_data_parallel_training_is_that_of_the_whole_batch(computed: dict[str, A
 
 
 def test_one_short_message_each_way(computed: dict[str, Any]) -> None:
-    assert computed["bytes"] == {"forward": 4 * (2 * 64 + 1), "backward": 4 * 2 * 64}
+    for dtype, size in (("torch.float32", 4), ("torch.float64", 8)):
+        assert computed["bytes"][dtype] == {"forward": size * (2 * 64 + 1), "backward": size * 2 * 64}
 
 
 @pytest.mark.parametrize("step", ["uneven", "backward_missing"])
@@ -81,11 +82,20 @@ def test_other_channels_in_another_process(failed: dict[str, Any]) -> None:
         assert seconds < PATIENCE  # nobody waited
 
 
-def test_float64_in_one_process_alone(failed: dict[str, Any]) -> None:
-    for message, _ in failed["doubled"]:
-        assert message.startswith(
-            "head.norm (5 channels): all processes must have float64 layers or none, but ranks 1 "
-        )
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [("doubled", "(5, 4), (5, 8)"), ("floated", "(5, 4), (5, 8)"), ("other_channels", "(5, 4), (6, 4)")],
+)
+def test_a_layer_that_has_changed_in_one_process_alone(failed: dict[str, Any], step: str, told: str) -> None:
+    for message, seconds in failed[step]:
+        assert message.startswith("head.norm (")
+        assert "all processes must have the same number of channels, and float64 in all or none" in message
+        assert message.endswith(told)
+        assert seconds < 20 * PATIENCE
+
+
+def test_a_layer_that_has_changed_in_all_processes(failed: dict[str, Any]) -> None:
+    assert [message for message, _ in failed["changed_by_all"]] == ["", ""]
 
 
 def test_a_process_outside_the_group(failed: dict[str, Any]) -> None:
