@@ -21,7 +21,7 @@ from batchnorm.kernels import cpu, gate, operators, plans, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
-from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, part
+from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, check_policy, part
 
 __all__ = ["common_case", "evaluate_masked", "positions", "train"]
 
@@ -90,6 +90,7 @@ class _Kinds(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _kinds(policy: Policy | None) -> _Kinds:
+    check_policy(policy)
     others = part(policy, Sync) is not None or part(policy, Accumulated) is not None
     return _Kinds(part(policy, Ghost), part(policy, Renorm), others)
 

@@ -53,7 +53,9 @@ def refusal(case: Case, subject: Any) -> list[str]:
     try:
         batch_norm(**arguments)
     except Exception as error:
-        faults = [] if isinstance(error, expected) else [f"{case.bad}: {type(error).__name__}: {error}; torch: {expected}"]
+        faults = (
+            [] if isinstance(error, expected) else [f"{case.bad}: {type(error).__name__}: {error}; torch: {expected}"]
+        )
     else:
         faults = [f"{case.bad}: accepted, where {expected.__name__} was expected"]
     for name, before in kept.items():
@@ -78,7 +80,8 @@ def _arguments(case: Case, subject: Any) -> dict[str, Any]:
     other = torch.float64 if subject.dtype != torch.float64 else torch.float32
     positions = torch.ones(case.shape[0], *case.shape[2:])
     own = {
-        "input": x, "running_mean": subject.running[0], "running_var": subject.running[1], "weight": torch.ones(C).to(x),
+        "input": x, "running_mean": subject.running[0], "running_var": subject.running[1],
+        "weight": torch.ones(C).to(x),
         "bias": torch.zeros(C).to(x), "training": case.training, "momentum": 0.1, "eps": 1e-5,
         "num_batches_tracked": torch.zeros((), dtype=torch.int64),
     }  # fmt: skip
@@ -122,7 +125,9 @@ def _arguments(case: Case, subject: Any) -> dict[str, Any]:
         "inplace_relu": {"inplace": True, "activation": "relu"},
         "inplace_expanded": {"input": x[:1].expand(x.shape), "inplace": True},
         "inplace_weight": {"inplace": True, "weight": torch.zeros_like(own["weight"])},
-        "renorm_statistics": {"statistics": Renorm(schedule=None), "running_mean": None, "running_var": None, "training": True},
+        "renorm_statistics": {
+            "statistics": Renorm(schedule=None), "running_mean": None, "running_var": None, "training": True,
+        },
         "ghost_rest": {"input": torch.ones(3, C).to(x), "statistics": Ghost(2), "training": True},
     }  # fmt: skip
     return {**own, **changes.get(bad, {})}
