@@ -72,13 +72,18 @@ def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool, nudged
     return Errors(outputs, gradients)
 
 
-def evaluated(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The floating-point outputs of a copy of a model in evaluation, by torch's own operators.
+def evaluated(model: nn.Module, inputs: Any, copy: bool = True) -> list[Tensor]:
+    """The floating-point outputs of a model in evaluation, by torch's own operators.
+
+    Args:
+        model: it is left as it was, unless it need not be copied.
+        inputs: as for ``forward``.
+        copy: False for a model that is used for nothing else.
 
     Raises:
         ValueError: if there is none.
     """
-    twin = copied(model)
+    twin = copied(model) if copy else model
     if not isinstance(twin, fx.GraphModule):
         in_mode(in_mode(twin, True), False)  # some keep what they computed last until they train again
     with seeded(model), using("aten"), torch.no_grad():

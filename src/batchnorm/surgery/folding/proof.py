@@ -71,7 +71,9 @@ class Proof(Generic[Step]):
 
     def _measured(self, steps: list[Step]) -> list[Step]:
         if self._wide is not None:
-            self.error = largest_difference(evaluated(self._folded(self._model, steps), self._inputs), self._right)
+            self.error = largest_difference(
+                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
+            )
         return steps
 
     def _halved(self, kept: list[Step], steps: list[Step]) -> list[Step]:
@@ -99,10 +101,14 @@ class Proof(Generic[Step]):
 
     def _difference(self, steps: Sequence[Step]) -> float:
         if self._wide is None:
-            found = largest_difference(evaluated(self._folded(self._model, steps), self._inputs), self._right)
+            found = largest_difference(
+                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
+            )
             self.error = found if found <= self._limit else self.error
         else:
-            found = largest_difference(evaluated(self._folded(self._wide, steps), self._wide_inputs), self._wide_right)
+            found = largest_difference(
+                evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False), self._wide_right
+            )
             self.error_float64 = found if found <= self._limit else self.error_float64
         return found
 
