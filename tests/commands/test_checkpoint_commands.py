@@ -334,20 +334,6 @@ def test_an_output_is_needed(here: Path) -> None:
         assert "--out" in result.stderr
 
 
-def test_a_checkpoint_of_a_parallel_model_fits_a_parallel_model(here: Path) -> None:
-    state = {f"module.{name}": value for name, value in users()["net"]().state_dict().items()}
-    torch.save(state, "parallel.pt")
-    one_line(
-        recalibrate("--out", "new.pt", old="parallel.pt"), "missing: conv.weight", "unexpected: module.conv.weight"
-    )
-    source = "import torch\nimport users\n\ndef net():\n    return torch.nn.DataParallel(users.net())\n"
-    (here / "broken.py").write_text(source, encoding="utf-8")
-    result = recalibrate("--out", "new.pt", model="broken:net", old="parallel.pt")
-    assert result.exit_code == 0, result.output
-    found = torch.load("new.pt", weights_only=True)["module.bn.running_mean"]
-    torch.testing.assert_close(found, right().bn.running_mean.float())
-
-
 def test_tied_weights_of_safetensors_fit(here: Path) -> None:
     source = """
 import users

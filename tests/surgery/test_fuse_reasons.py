@@ -100,7 +100,7 @@ class Noise(nn.Module):
         self.bn = nn.BatchNorm2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(x)) + torch.rand(1)
+        return torch.tanh(self.bn(x)) + torch.rand(1)
 
 
 class Counts(Noise):
@@ -108,31 +108,31 @@ class Counts(Noise):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return F.relu(self.bn(x))
+        return torch.tanh(self.bn(x))
 
 
 class Lottery(Noise):
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(x)) * 2 if random.random() < 2 else x
+        return torch.tanh(self.bn(x)) * 2 if random.random() < 2 else x
 
 
 class Frozen(Noise):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            y = F.relu(self.bn(x))
+            y = torch.tanh(self.bn(x))
         return y * x
 
 
 class Moody(Noise):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(x)
-        return F.relu(y) if self.training else y.sigmoid()
+        return y.tanh() if self.training else y.sigmoid()
 
 
 class Optional(Noise):
     def forward(self, x: Tensor, raw: bool = False) -> Tensor:
         y = self.bn(x)
-        return y if raw else F.relu(y)
+        return y if raw else y.tanh()
 
 
 CONTROL_FLOW = (
@@ -176,27 +176,16 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "it works in place",
     ),
     "noise": (Noise, "bn", "the model cannot be traced: it makes a tensor that is no function of its input; "
-              "observed: followed by relu"),
+              "observed: followed by tanh"),
     "lottery": (Lottery, "bn", "the model cannot be traced: it draws random numbers that are no function of its input; "
-                "observed: followed by relu"),
-    "counts": (Counts, "bn", "the model cannot be traced: its forward sets attributes; observed: followed by relu"),
+                "observed: followed by tanh"),
+    "counts": (Counts, "bn", "the model cannot be traced: its forward sets attributes; observed: followed by tanh"),
     "no_grad": (Frozen, "bn", "the model cannot be traced: it computes under no_grad, autocast or the like, which a "
-                "graph does not keep; observed: followed by relu"),
+                "graph does not keep; observed: followed by tanh"),
     "mode": (Moody, "bn", "the model cannot be traced: training and evaluation, or two runs, differ in more than its "
-             "layers; observed: followed by relu or sigmoid"),
-    "optional": (Optional, "bn", "the model cannot be traced: it takes optional arguments; observed: followed by relu"),
-    "observed, shared": (
-        lambda: Twice(), "norm", CONTROL_FLOW + "its activation's module serves others too",
-    ),
+             "layers; observed: followed by sigmoid or tanh"),
+    "optional": (Optional, "bn", "the model cannot be traced: it takes optional arguments; observed: followed by tanh"),
 }  # fmt: skip
-
-
-class Twice(Undecided):
-    def __init__(self) -> None:
-        super().__init__(nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(super().forward(x))
 
 
 @pytest.mark.parametrize(("make", "layer", "reason"), REASONS.values(), ids=REASONS.keys())

@@ -40,14 +40,25 @@ class _Value:
         layer: whose output it is.
         readers: what read the layer's output, or what was computed from it.
         formula: what it is.
-        steps: those of the readers that led to it.
+        name: of the function that computed it from the output.
+        steps: what was computed from the output on the way to it.
+        kept: whether something else reads it than what makes an activation of it.
     """
 
     tensor: Tensor
     layer: nn.Module
     readers: list[nn.Module | str]
     formula: str = Y
-    steps: tuple[str, ...] = ()
+    name: str = ""
+    steps: tuple[_Value, ...] = ()
+    kept: bool = False
+
+    def read(self, reader: nn.Module | str) -> None:
+        """Note a reader; what is computed from an output counts as what was computed first."""
+        if self.formula != Y:
+            self.kept, reader = True, self.name
+        if self.formula == Y or reader not in self.readers:
+            self.readers.append(reader)
 
 
 class Witness(TorchFunctionMode):
@@ -85,10 +96,9 @@ class Witness(TorchFunctionMode):
     def _entered(self, activation: nn.Module, args: tuple[Any, ...]) -> None:
         self._within.append(activation)
         found = self._values.get(id(args[0])) if args else None
-        whole = found is not None and found.formula == Y
-        self.fed[activation].add(found.layer if found is not None and whole else None)
+        self.fed[activation].add(found.layer if found is not None and found.formula == Y else None)
         if found is not None:
-            found.readers.append(activation if whole else type(activation).__name__)
+            found.read(activation)
 
     def _finished(self, activation: nn.Module, args: Any, output: Any) -> None:
         self._within.pop()
@@ -99,7 +109,7 @@ class Witness(TorchFunctionMode):
         """Note that the model gives some outputs of layers away."""
         for tensor in tensors_in(results):
             if id(tensor) in self._values:
-                self._values[id(tensor)].readers.append("who called the model")
+                self._values[id(tensor)].read("who called the model")
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,7 +120,7 @@ class Witness(TorchFunctionMode):
             values = [self._values[id(t)] for t in read if id(t) in self._values]
             if values and not self._followed(values, func, args, kwargs, result):
                 for value in values:
-                    value.readers.append(getattr(func, "__name__", str(func)))
+                    value.read(getattr(func, "__name__", str(func)))
         return result
 
     def _followed(self, values: list[_Value], func: Any, args: Any, kwargs: Any, result: Any) -> bool:
@@ -121,14 +131,15 @@ class Witness(TorchFunctionMode):
         if clamps(func) and has_zero_channels(first.layer):
             return False
         found = step(func, *tree_map(self._formula, (tuple(args), dict(kwargs))))
-        steps = tuple(name for value in {id(value): value for value in values}.values() for name in value.steps)
+        steps = {id(part): part for value in values for part in (*value.steps, value) if part.formula != Y}
         if isinstance(found, str):
             first.readers.append(name)
-            self._values[id(result)] = _Value(result, first.layer, first.readers, found, (*steps, name))
+            made = _Value(result, first.layer, first.readers, found, name, tuple(steps.values()))
+            self._values[id(result)] = made
         elif found is not None:
-            for each in steps:
-                if each in first.readers:
-                    first.readers.remove(each)
+            for part in steps.values():
+                if not part.kept and part.name in first.readers:
+                    first.readers.remove(part.name)
             first.readers.append(_Applies(name))
             first.readers[-1].activation = found  # type: ignore[union-attr]
             if in_place(func, args, kwargs):  # who reads it now reads the activation's
@@ -167,7 +178,8 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
         else, if there is one.
     """
     names = names_of(model)
-    known = {module: activation for module in names if (activation := activation_in(module)) is not None}
+    found = {module: activation_in(module) or _activation(module) for module in names}
+    known = {module: activation for module, activation in found.items() if activation is not None}
     witness, original = _seen(model, inputs, layers, known)
     return {original[layer]: _found(witness, layer, original, known, names) for layer in witness.readers}
 
@@ -180,7 +192,7 @@ def _found(
     names: dict[nn.Module, list[str]],
 ) -> Found | str:
     alone = witness.verdict(layer)
-    if isinstance(alone, nn.Module) and len(names[original[alone]]) == 1 and not hooks_of(alone):
+    if isinstance(alone, nn.Module) and len(names[original[alone]]) == 1 and not hooks_of(original[alone]):
         return original[alone], known[original[alone]]
     activations = set()
     for readers in witness.readers[layer]:
