@@ -21,9 +21,9 @@ from batchnorm.kernels import cpu, gate, operators, plans, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
-from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, part
+from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, check_policy, part
 
-__all__ = ["common_case", "evaluate_masked", "positions", "train"]
+__all__ = ["common_case", "evaluate_masked", "positions", "put_back", "train"]
 
 
 def common_case(
@@ -90,6 +90,7 @@ class _Kinds(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _kinds(policy: Policy | None) -> _Kinds:
+    check_policy(policy)
     others = part(policy, Sync) is not None or part(policy, Accumulated) is not None
     return _Kinds(part(policy, Ghost), part(policy, Renorm), others)
 
@@ -174,7 +175,7 @@ def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) 
     if not still:
         for buffer, t in zip(call[1:3], (mean, var), strict=True):
             if buffer is not None and t is not None and t is not buffer:
-                buffer.copy_(t)
+                put_back(buffer, t)
     assert sets.moments is not None
     return y, _moments(sets.moments, sets, x)
 
@@ -287,6 +288,11 @@ def _by_operations(call: Call, size: int, weights: Tensor | None, group: Group |
 
 
 # --- what is remembered ---
+
+
+def put_back(buffer: Tensor, moved: Tensor) -> None:
+    """Put statistics that were moved in the loops' precision back; those that did not move are not rounded by it."""
+    buffer.copy_(torch.where(moved == buffer.to(moved.dtype), buffer, moved.to(buffer.dtype)))
 
 
 def _move(call: Call, moments: Moments) -> None:

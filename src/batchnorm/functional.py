@@ -244,7 +244,7 @@ def _train_cpu(call: Call) -> Tensor:
     else:
         y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, _extras(call, x))
     for buffer, t in moved:
-        buffer.copy_(t)
+        estimation.put_back(buffer, t)
     return y
 
 

@@ -81,8 +81,8 @@ def _arguments(case: Case, subject: Any) -> dict[str, Any]:
     positions = torch.ones(case.shape[0], *case.shape[2:])
     own = {
         "input": x, "running_mean": subject.running[0], "running_var": subject.running[1],
-        "weight": torch.ones(C).to(x), "bias": torch.zeros(C).to(x),
-        "training": case.training, "momentum": 0.1, "eps": 1e-5,
+        "weight": torch.ones(C).to(x),
+        "bias": torch.zeros(C).to(x), "training": case.training, "momentum": 0.1, "eps": 1e-5,
         "num_batches_tracked": torch.zeros((), dtype=torch.int64),
     }  # fmt: skip
     if subject.dtype in (torch.float16, torch.bfloat16):
