@@ -21,7 +21,8 @@ from numba.core.ccallback import CFunc
 
 from batchnorm.kernels import cache
 from batchnorm.kernels.simd import pointer
-from test_processes import LIMIT, PROGRAM, copied_package, give_up_writing_anywhere
+from test_processes import PROGRAM, copied_package, give_up_writing_anywhere
+from waiting import HANGS_AFTER
 
 __all__ = ["copied_package"]  # a fixture
 
@@ -157,7 +158,7 @@ print(hits)
 """
     environment = {**os.environ, "HOME": "/dev/null/home"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=10 * LIMIT,
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANGS_AFTER,
         env=environment, preexec_fn=give_up_writing_anywhere,
     )  # fmt: skip
     assert done.stderr == ""
@@ -201,7 +202,7 @@ def hits(where: Path, home: Path) -> list[int]:
     environment = {"PYTHONPATH": str(where), "PATH": os.environ["PATH"], "HOME": str(home), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", HITS + PROGRAM + "print(hits)"], capture_output=True, text=True, check=False,
-        timeout=10 * LIMIT, env=environment, cwd="/",
+        timeout=HANGS_AFTER, env=environment, cwd="/",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -216,7 +217,7 @@ def test_damage_to_a_kernel_between_two_processes(copied_package: Path, tmp_path
         env={"PYTHONPATH": str(copied_package), "PATH": os.environ["PATH"], "HOME": str(tmp_path)},
     ) for _ in range(2)]  # fmt: skip
     for process in both:
-        _, complaints = process.communicate(timeout=10 * LIMIT)
+        _, complaints = process.communicate(timeout=HANGS_AFTER)
         assert (process.returncode, complaints) == (0, "")
     assert hits(copied_package, tmp_path) == [1]
     kept = files(copied_package)

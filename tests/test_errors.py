@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import batchnorm
 from batchnorm import kernels
 from batchnorm.functional import batch_norm
+from waiting import HANGS_AFTER
 
 Bits = dict[str, bytes]
 
@@ -221,7 +222,9 @@ print("done")
 
 def test_parameters_and_statistics_on_another_device() -> None:
     """In a process of its own: their addresses mean nothing here, and reading them ends it."""
-    ended = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, timeout=HANGS_AFTER, check=False
+    )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
@@ -243,7 +246,7 @@ print("done")
 def test_memory_of_the_loops_is_on_the_cpu_whatever_the_default_device() -> None:
     """In a process of its own: an address on another device means nothing here."""
     ended = subprocess.run(
-        [sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, timeout=HANGS_AFTER, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 

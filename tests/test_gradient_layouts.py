@@ -13,6 +13,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.kernels import cpu
 from expected import LAYOUTS, OURS, channels_last, laid, step
+from waiting import HANGS_AFTER
 
 # One shape for each way through the loops, by kind and fused; the backward has the same ways as the forward.
 SHAPES = {
@@ -131,7 +132,9 @@ print("done")
 
 def test_expanded_gradients_of_large_small_maps_do_not_write_vectors_off_their_alignment() -> None:
     """In a process of its own: a misaligned vector ends it."""
-    ended = subprocess.run([sys.executable, "-c", MISALIGNED], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", MISALIGNED], capture_output=True, text=True, timeout=HANGS_AFTER, check=False
+    )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from batchnorm import kernels
+from batchnorm import Ghost, kernels
 from batchnorm.kernels import plans
 from expected import OURS, Result, assert_right, every_other, in_float64, laid, step
 
@@ -229,6 +229,20 @@ def test_statistics_with_gaps_or_of_another_width_are_moved_too() -> None:
         assert_right(
             Result(y, *none, mean, var, None), Result(right, *none, right_mean, right_var, None), torch.float32
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"statistics": Ghost(2)}], ids=["batch", "ghost"])
+def test_a_bad_batch_leaves_wider_statistics_as_they_are_to_the_bit(options: dict[str, Any]) -> None:
+    from batchnorm.functional import batch_norm
+
+    mean, var = torch.full((9,), 0.1, dtype=torch.float64), torch.full((9,), 0.7, dtype=torch.float64)
+    before = mean.clone(), var.clone()
+    x = laid((5, 9, 12, 15), 0, torch.float32).clone()
+    x[:, 0, 0, 0] = float("nan")
+    batch_norm(x, mean, var, training=True, **options)
+    assert kernels.ran().forward == "cpu"
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
 
 
 def test_evaluation_backward_uses_the_statistics_of_its_forward() -> None:

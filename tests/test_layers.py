@@ -276,3 +276,129 @@ def test_hooks_and_subclasses_work() -> None:
     y = layer(torch.randn(5, 3, 2, 3))
     assert seen[0] is y
     torch.testing.assert_close(y.mean(), torch.tensor(1.0))
+
+
+def narrowed(state: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A checkpoint whose every tensor is in half precision, counters included."""
+    return {name: t.to(dtype) for name, t in state.items()}
+
+
+def assigned(layer: nn.Module, dtype: torch.dtype) -> Any:
+    layer.load_state_dict(narrowed(layer.state_dict(), dtype), assign=True)
+    return layer
+
+
+def assigned_in_a_model(layer: nn.Module, dtype: torch.dtype) -> Any:
+    model = nn.ModuleDict({"a": nn.ModuleList([layer])})
+    with torch.device("meta"):
+        model.to_empty(device="meta")
+    state = {f"a.0.{name}": t for name, t in made(type(layer)).state_dict().items()}
+    model.load_state_dict(narrowed(state, dtype), assign=True)
+    return model["a"][0]
+
+
+def loaded(layer: nn.Module, dtype: torch.dtype) -> Any:
+    layer.load_state_dict(narrowed(layer.state_dict(), dtype))
+    return layer
+
+
+def swapped(layer: nn.Module, dtype: torch.dtype) -> Any:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        loaded(layer, dtype)
+        return layer.to(dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def by_default(layer: nn.Module, dtype: torch.dtype) -> Any:
+    torch.set_default_dtype(dtype)
+    try:
+        return made(type(layer))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def emptied(layer: nn.Module, dtype: torch.dtype) -> Any:
+    layer.to("meta").to(dtype).to_empty(device="cpu")
+    layer.reset_parameters()  # type: ignore[operator]
+    return layer
+
+
+def set_by_name(layer: nn.Module, dtype: torch.dtype) -> Any:
+    for owner in layer.modules():
+        for name in ("running_mean", "running_var"):
+            if name in owner._buffers:
+                setattr(owner, name, getattr(owner, name).to(dtype))
+    return layer
+
+
+WAYS = {
+    "to": lambda layer, dtype: layer.to(dtype),
+    "apply": lambda layer, dtype: layer._apply(lambda t: t.to(dtype) if t.is_floating_point() else t),
+    "assign": assigned,
+    "assign in a model on meta": assigned_in_a_model,
+    "load": loaded,
+    "swap": swapped,
+    "default dtype": by_default,
+    "to_empty": emptied,
+    "attribute": set_by_name,
+    "deepcopy": lambda layer, dtype: copy.deepcopy(assigned(layer, dtype)),
+    "pickle": lambda layer, dtype: pickle.loads(pickle.dumps(assigned(layer.to(dtype), dtype))),
+    "converted": lambda layer, dtype: assigned(layer.to(dtype), dtype),
+}
+LAYERS: dict[str, Any] = {
+    "BatchNorm2d": lambda: batchnorm.BatchNorm2d(3),
+    "Renorm": lambda: batchnorm.BatchNorm2d(3, statistics=batchnorm.Renorm()),
+    "Accumulated": lambda: batchnorm.BatchNorm2d(3, statistics=batchnorm.Accumulated(2)),
+    "DomainBatchNorm": lambda: batchnorm.DomainBatchNorm(3, ("a", "b")),
+    "ConditionalBatchNorm": lambda: batchnorm.ConditionalBatchNorm(3, classes=2),
+    "LSTM": lambda: batchnorm.recurrent.LSTM(3, 4, max_steps=2),
+    "GRU": lambda: batchnorm.recurrent.GRU(3, 4, max_steps=2),
+}
+
+
+def made(kind: Any) -> Any:
+    return next(layer for layer in (make() for make in LAYERS.values()) if type(layer) is kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_running_statistics_stay_wide_whatever_narrows_a_layer(kind: str, way: str, dtype: torch.dtype) -> None:
+    layer = LAYERS[kind]()
+    if way == "to_empty" and not hasattr(layer, "reset_parameters"):
+        layer.reset_parameters = lambda: [one.reset_parameters() for one in layer.children()]
+    values = {name: b for name, b in layer.named_buffers() if "running" in name}
+    for number, b in enumerate(values.values()):
+        b.fill_(1 + number / 8)
+    narrow = WAYS[way](layer, dtype)
+    buffers = dict(narrow.named_buffers())
+    assert buffers.keys() >= values.keys()
+    for name, b in buffers.items():
+        counts = name.split("_l0")[0].endswith("batches_tracked") or name.endswith("renorm_batches")
+        assert b.dtype == (torch.int64 if counts else torch.float64 if name == "accumulated" else torch.float32), name
+        if name in values and way in ("to", "apply", "assign", "load", "swap", "attribute", "deepcopy", "pickle"):
+            torch.testing.assert_close(b, values[name], rtol=0, atol=0)
+
+
+def test_a_half_precision_checkpoint_that_was_assigned_trains_on() -> None:
+    """In half precision the statistics would not have moved: 0.001 of the difference is less than half a unit there."""
+    layer = assigned(batchnorm.BatchNorm2d(3, momentum=1e-3), BF16)
+    assert layer.weight.dtype == BF16
+    x = torch.ones(2, 3, 3, 3, dtype=BF16)
+    for _ in range(300):
+        layer(x)
+    assert kernels.ran().forward == "cpu"
+    torch.testing.assert_close(layer.running_mean, torch.full((3,), 1 - 0.999**300), rtol=1e-4, atol=0)
+    assert layer.num_batches_tracked == 300
+
+
+def test_wide_statistics_set_by_name_are_the_very_tensor() -> None:
+    layer = batchnorm.BatchNorm2d(3)
+    for dtype in (torch.float32, torch.float64):
+        mean = torch.ones(3, dtype=dtype)
+        layer.running_mean = mean
+        assert layer.running_mean is mean
+    layer.running_mean = None
+    assert layer.running_mean is None

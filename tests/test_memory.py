@@ -10,6 +10,7 @@ import pytest
 
 import batchnorm
 from batchnorm import memory
+from waiting import HANGS_AFTER
 
 FAULTS = """
 import resource, sys, torch, batchnorm
@@ -27,7 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(mode: str) -> int:
     command = [sys.executable, "-c", FAULTS, mode]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER, check=True)
     return int(ended.stdout)
 
 

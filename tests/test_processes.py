@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import batchnorm
 from batchnorm.kernels import ran
+from waiting import HANGS_AFTER
 
 PACKAGE = Path(batchnorm.__file__).parent
-LIMIT = 30  # seconds; a child that waits for threads it does not have waits for ever
 
 # Python warns of any fork beside threads; that such a child works is what is shown.
 FORKS = pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks.*:DeprecationWarning")
@@ -55,7 +55,7 @@ def child_passes(seed: int, queue: multiprocessing.Queue) -> None:  # type: igno
 
 
 def wait_for(pid: int) -> int:
-    end = time.monotonic() + LIMIT
+    end = time.monotonic() + HANGS_AFTER
     while time.monotonic() < end:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -118,11 +118,11 @@ def test_multiprocessing_by_fork_normalizes() -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(LIMIT)
+        child.join(HANGS_AFTER)
         if child.is_alive():
             child.kill()
         assert child.exitcode == 0
-    assert [queue.get(timeout=5) for _ in children] == [(True, ("cpu", "cpu"))] * 2
+    assert [queue.get(timeout=HANGS_AFTER) for _ in children] == [(True, ("cpu", "cpu"))] * 2
 
 
 class Normalized(Dataset[Tensor]):
@@ -142,7 +142,7 @@ def normalize_again(samples: list[Tensor]) -> Tensor:
 @FORKS
 @pytest.mark.usefixtures("used_parent")
 def test_a_loaders_workers_normalize() -> None:
-    loader = DataLoader(Normalized(), batch_size=3, num_workers=2, collate_fn=normalize_again, timeout=LIMIT,
+    loader = DataLoader(Normalized(), batch_size=3, num_workers=2, collate_fn=normalize_again, timeout=HANGS_AFTER,
                         multiprocessing_context="fork")  # fmt: skip
     found = torch.cat(list(loader))
     assert all(is_right(found[seed], seed) for seed in range(6))
@@ -187,7 +187,7 @@ def run(folder: Path, program: str = PROGRAM, **options: object) -> None:
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=2 * LIMIT,
+        timeout=HANGS_AFTER,
         check=False,
         env=environment,
         cwd="/",
@@ -230,4 +230,4 @@ def test_compiled_code_is_used_by_the_next_process_unless_loops_have_changed(cop
 
 def test_importing_compiles_nothing_and_loads_no_numba() -> None:
     program = "import sys, batchnorm; assert not {'numba', 'llvmlite', 'triton'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=HANGS_AFTER)

@@ -5,10 +5,14 @@ More of them, of any seed: `python -m tests.random_calls --seed 7 --cases 10000`
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pytest
 
 from random_calls import Case, draw, run
 from random_calls.__main__ import outcomes
+from random_calls.cases import BAD, BETWEEN, FLOATS, GRADS, HOOKS, MASKS, TRANSFORMS
 
 DIES = """
 import json, os, sys
@@ -27,6 +31,63 @@ def test_random_calls_are_right() -> None:
     told = "\n".join(f"{draw(2026, index, True).snippet()}\n    {faults}" for index, faults in wrong[:5])
     assert not wrong, f"{len(wrong)} of {len(done)} cases are wrong:\n{told}"
     assert len(done) == 300
+
+
+SHAPES = ((5, 3, 7, 7), (5, 3, 2, 2), (9, 7))  # one for each view
+PLAIN: dict[str, Any] = {}
+ADDED = {"activation": ("relu", 0.0), "residual": "same"}
+
+
+def check(*cases: Case) -> None:
+    wrong = [f"{case.snippet()}\n    {faults}" for case in cases if (faults := run(case))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("form", [PLAIN, ADDED], ids=["plain", "added"])
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_saved_tensors_that_come_back_in_another_form(hooks: str, form: dict[str, Any]) -> None:
+    for layout, shape in product(("contiguous", "channels_last"), SHAPES):
+        check(Case(1, shape, layout=layout, hooks=hooks, memory="bands", **form))
+
+
+@pytest.mark.parametrize("form", [PLAIN, ADDED], ids=["plain", "added"])
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_changes_between_a_forward_and_its_backward(between: str, form: dict[str, Any]) -> None:
+    for shape in SHAPES:
+        check(Case(1, shape, call="layer", between=between, memory="bands", **form))
+
+
+@pytest.mark.parametrize("transform", sorted(set(TRANSFORMS)))
+def test_transforms(transform: str) -> None:
+    for training, mask in ((True, ""), (True, "some"), (False, "")):
+        buffers = "none" if training else "plain"
+        check(Case(1, (5, 3), buffers=buffers, counted=False, training=training, mask=mask, transform=transform))
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_an_argument_that_does_not_fit_is_refused_as_torch_does(bad: str) -> None:
+    check(*(Case(1, (2, 3, 4), dtype, training=t, bad=bad) for dtype, t in product(FLOATS, (True, False))))
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_gradients_of_any_form(grad: str) -> None:
+    check(*(Case(1, shape, grad=grad, memory="bands") for shape in SHAPES))
+
+
+def test_negative_bits_and_gaps_in_any_argument() -> None:
+    for training, kernel in ((True, ""), (False, "")):
+        for how in ("neg", "strided"):
+            check(*(Case(1, shape, training=training, kernel=kernel, weight=how, bias=how) for shape in SHAPES))
+        check(*(Case(1, shape, training=training, neg=True) for shape in SHAPES))
+        check(*(Case(1, shape, "float64", "channels_last", training=training, buffers="strided") for shape in SHAPES))
+        check(*(Case(1, (5, 3, 7), dtype, training=training, buffers="double") for dtype in ("float16", "bfloat16")))
+    check(*(Case(1, shape, activation=("relu", 0.0), residual="neg") for shape in SHAPES))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_that_leave_little_or_nothing(mask: str) -> None:
+    for shape, policy, dtype in product((*SHAPES, (2, 513)), ("", "Ghost(2)"), ("bool", "float32")):
+        check(Case(1, shape, mask=mask, mask_dtype=dtype, policy=policy, memory="bands"))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch.fx import Proxy
 
 from batchnorm.layers import _BatchNorm
 
-__all__ = ["BatchNormAnyRank", "recorded"]
+__all__ = ["BatchNormAnyRank", "SyncBatchNorm", "recorded"]
 
 
 class BatchNormAnyRank(_BatchNorm):
@@ -23,6 +23,13 @@ class BatchNormAnyRank(_BatchNorm):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("TorchScript cannot compile a layer for any number of dimensions: use torch.export")
+
+
+class SyncBatchNorm(BatchNormAnyRank):
+    """What ``convert(model, statistics=Sync())`` makes of ``nn.SyncBatchNorm``, and ``revert`` makes that of again.
+
+    It is no ``nn.SyncBatchNorm`` by isinstance: DistributedDataParallel refuses those on CPUs.
+    """
 
 
 def recorded(module: nn.Module, input: Proxy, **given: Any) -> Any:

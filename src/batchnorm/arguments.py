@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import INVERTIBLE, Activation
-from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, part
+from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, check_policy, part
 
 __all__ = ["NARROW", "Call", "check", "check_mask", "check_residual"]
 
@@ -126,6 +126,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
 
 
 def _check_policy(call: Call, policy: Policy) -> None:
+    check_policy(policy)
     x, ghost = call.x, part(policy, Ghost)
     if ghost is not None and call.mask is None and x.numel() > 0:
         last = x.shape[0] % ghost.size or min(ghost.size, x.shape[0])

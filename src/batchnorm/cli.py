@@ -17,6 +17,9 @@ try:
 except ModuleNotFoundError as error:
     print(NEEDS_TOOLS.format(error.name), file=sys.stderr)
     raise SystemExit(2) from None
+except KeyboardInterrupt:
+    print("batchnorm: stopped", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -16,6 +16,8 @@ from batchnorm.moments import Moments
 
 __all__ = ["Group"]
 
+_MESSAGES = {4: torch.float32, 8: torch.float64}  # by the bytes of a number
+
 
 class Group:
     """The processes that share their moments.
@@ -23,42 +25,70 @@ class Group:
     Args:
         process_group: of ``torch.distributed``; None for the default one.
         name: the layer's, for errors.
+        agreed: what they have agreed on before, (channels, bytes of a number), if anything; it is kept here.
 
     Raises:
-        RuntimeError: if there is no process group.
+        RuntimeError: if there is no process group, or this process is not in it.
     """
 
-    def __init__(self, process_group: Any, name: str) -> None:
+    def __init__(self, process_group: Any, name: str, agreed: list[tuple[int, int]]) -> None:
         if not dist.is_available() or (process_group is None and not dist.is_initialized()):
             raise RuntimeError(
                 f"Default process group has not been initialized, and {name} takes its moments over all processes: "
                 "call torch.distributed.init_process_group(), start with torchrun, or use another policy than Sync"
             )
-        self._group, self._name = process_group, name
+        self._group, self._name, self._agreed = process_group, name, agreed
         self.size = dist.get_world_size(process_group)
+        if self.size < 1:
+            raise RuntimeError(
+                f"{name}: this process (rank {dist.get_rank()}) is not in the process group that the layer takes its "
+                "moments over: give it a layer of another policy, or Sync with a group that it is in"
+            )
 
-    def agree(self, channels: int, bytes_a_number: int, device: torch.device) -> None:
+    def agree(self, channels: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raise in all processes unless they have layers alike: messages of different lengths would end the program.
+
+        They agree once, and again when one has other channels or another dtype. The others do not know of that, and
+        expect a message of the length that was agreed on. They get one, whose count is negative, and so they know.
+
+        Args:
+            channels: of this process' input.
+            dtype: of its messages.
+            device: where messages are made. Only on CPUs does a change in one process alone find the others
+                prepared: elsewhere they would have to wait for the device in each step.
 
         Raises:
             RuntimeError: with the channels that each has.
         """
-        if self.size == 1:
+        wanted = channels, dtype.itemsize
+        if self.size == 1 or torch.compiler.is_compiling() or self._agreed == [wanted]:
             return
-        heard = self.gathered(torch.tensor([channels, bytes_a_number], device=device)).tolist()
+        if self._agreed and device.type == "cpu":
+            channels, itemsize = self._agreed[0]
+            self.gathered(torch.full((2 * channels + 1,), -1.0, dtype=_MESSAGES[itemsize]))
+        self._compare(wanted, device)
+
+    def _compare(self, wanted: tuple[int, int], device: torch.device) -> None:
+        heard = self.gathered(torch.tensor(wanted, device=device)).tolist()
         if any(one != heard[0] for one in heard):
             raise RuntimeError(
                 f"{self._name}: all processes must have the same number of channels, and float64 in all or none, "
                 f"but (channels, bytes of a number) are {', '.join(str(tuple(one)) for one in heard)}"
             )
+        self._agreed[:] = [wanted]
 
     def merged(self, own: Moments, dtype: torch.dtype) -> Moments:
-        """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable."""
+        """Merge the moments ``(C,)`` of all processes, in float64; the messages are in `dtype`. Differentiable.
+
+        Raises:
+            RuntimeError: in all processes, if one has changed since they agreed.
+        """
         told = torch.cat((own.count[:1], own.mean, own.biased_variance)).to(dtype)
-        if self.size > 1:
-            told = _Gather.apply(told, self)
-        heard = told.double().view(self.size, -1)
         C = own.mean.shape[0]
+        heard = (_Gather.apply(told, self) if self.size > 1 else told).double().view(self.size, -1)
+        if not torch.compiler.is_compiling() and heard.is_cpu and bool((heard[:, 0] < 0).any()):  # see `agree`
+            self._compare((C, dtype.itemsize), told.device)
+            return self.merged(own, dtype)
         counts = heard[:, :1].expand(-1, C)
         return Moments(counts, heard[:, 1 : 1 + C], heard[:, 1 + C :] * counts).merged(0)
 
@@ -88,9 +118,10 @@ class Group:
             message()
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self._name}: its {direction} pass did not hear from all {self.size} processes. Either one ran fewer "
-                "steps than the others (see torch.distributed.algorithms.Join), or failed. torch.distributed says: "
-                f"{error}"
+                f"{self._name}: its {direction} pass did not hear from all {self.size} processes. Either one failed, "
+                "or ran fewer steps than the others: give all as many batches, or train DistributedDataParallel in "
+                "torch.distributed.algorithms.Join(…, throw_on_early_termination=True), which ends all at the first "
+                f"that has no more. torch.distributed says: {error}"
             ) from error
 
 

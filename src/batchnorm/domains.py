@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from batchnorm.any_rank import BatchNormAnyRank, recorded
 from batchnorm.arguments import check_mask
+from batchnorm.layers import widen_statistics
 
 __all__ = ["DomainBatchNorm", "domain"]
 
@@ -102,7 +103,7 @@ class DomainBatchNorm(nn.Module):
         nn.Module.__init__(first)
         first.__dict__.update({key: value for key, value in vars(layer).items() if "hook" not in key})
         first._parameters, first._buffers = dict(layer._parameters), dict(layer._buffers)
-        first._apply(lambda t: t)  # which is where ours widens half-precision statistics
+        widen_statistics(first)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._start(first, domains, shared_affine)

@@ -21,9 +21,9 @@ from batchnorm.kernels import cpu, gate, operators, plans, reference
 from batchnorm.kernels.choice import asked_for, record, which
 from batchnorm.kernels.merged import Merging, merged_cpu
 from batchnorm.moments import Moments, merge
-from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, part
+from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, check_policy, part
 
-__all__ = ["common_case", "evaluate_masked", "positions", "train"]
+__all__ = ["common_case", "evaluate_masked", "positions", "put_back", "train"]
 
 
 def common_case(
@@ -90,6 +90,7 @@ class _Kinds(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _kinds(policy: Policy | None) -> _Kinds:
+    check_policy(policy)
     others = part(policy, Sync) is not None or part(policy, Accumulated) is not None
     return _Kinds(part(policy, Ghost), part(policy, Renorm), others)
 
@@ -152,10 +153,8 @@ def _kernel(call: Call, together: bool) -> str:
 
 
 def _group(sync: Sync, x: Tensor) -> Group:
-    group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)")
-    if not sync.met and not torch.compiler.is_compiling():
-        group.agree(x.shape[1], 8 if x.dtype == torch.float64 else 4, x.device)
-        sync.met.append(True)
+    group = Group(sync.process_group, f"{sync.name or 'batch normalization'} ({x.shape[1]} channels)", sync.agreed)
+    group.agree(x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
     return group
 
 
@@ -176,7 +175,7 @@ def _by_loops(call: Call, size: int, weights: Tensor | None, recomputing: bool) 
     if not still:
         for buffer, t in zip(call[1:3], (mean, var), strict=True):
             if buffer is not None and t is not None and t is not buffer:
-                buffer.copy_(t)
+                put_back(buffer, t)
     assert sets.moments is not None
     return y, _moments(sets.moments, sets, x)
 
@@ -270,26 +269,44 @@ def _by_operations(call: Call, size: int, weights: Tensor | None, group: Group |
         every = group.merged(Moments(own.count[0], own.mean[0], own.m2[0]), dtype)
         return Moments(every.count[None], every.mean[None], every.m2[None])
 
-    y, moments = reference.sets_forward(
-        x, call.weight, call.bias, call.eps, size, weights, correction, None if group is None else merged
-    )
-    residual = call.residual
-    if weights is not None and residual is not None:
-        residual = reference.counted(residual, weights)  # an activation's slope at nan would make a gradient of 0 nan
-    y = applied(call.activation, y if residual is None else y + residual)
-    if weights is not None:
-        y = reference.counted(y, weights)
+    found: list[Moments] = []
+
+    def normalized(x: Tensor) -> Tensor:
+        y, moments = reference.sets_forward(
+            x, call.weight, call.bias, call.eps, size, weights, correction, None if group is None else merged
+        )
+        found.append(moments)
+        residual = call.residual
+        if weights is not None and residual is not None:
+            residual = reference.counted(residual, weights)  # an activation's slope at nan would make 0 · nan of it
+        y = applied(call.activation, y if residual is None else y + residual)
+        return y if weights is None else reference.counted(y, weights)
+
+    y = operators.formatted(normalized, x)
+    moments = found[0]
     return y, Moments(moments.count.detach(), moments.mean.detach(), moments.m2.detach())
 
 
 # --- what is remembered ---
 
 
+def put_back(buffer: Tensor, moved: Tensor) -> None:
+    """Put statistics that were moved in the loops' precision back; those that did not move are not rounded by it."""
+    buffer.copy_(torch.where(moved == buffer.to(moved.dtype), buffer, moved.to(buffer.dtype)))
+
+
 def _move(call: Call, moments: Moments) -> None:
     """Move the running statistics by each set in order, and count it, without looking at a value."""
     with torch.no_grad():
+        if call.batches is not None:
+            call.batches.add_(_empty(call, moments))
         for count, mean, var in zip(moments.count, moments.mean, moments.biased_variance, strict=True):
             _move_once(call, count, mean, var)
+
+
+def _empty(call: Call, moments: Moments) -> Tensor | bool:
+    """Whether the batch has no samples: it is counted, as torch does, though nothing can be learnt of it."""
+    return call.x.numel() == 0 and (moments.count == 0).all()  # unless other processes have some
 
 
 def _move_once(call: Call, count: Tensor, mean: Tensor, var: Tensor, when: Tensor | None = None) -> None:
@@ -333,7 +350,7 @@ def _remember(call: Call, moments: Moments) -> None:
         return
     with torch.no_grad():
         if accumulated is None:
-            state.add_(_lesson(call, moments.count, moments.mean, moments.biased_variance)[0])
+            state.add_(_lesson(call, moments.count, moments.mean, moments.biased_variance)[0] | _empty(call, moments))
             return
         C = moments.mean.shape[-1]
         finite = (moments.mean.isfinite() & moments.m2.isfinite()).all(-1, keepdim=True)  # else the set is left out
@@ -341,6 +358,8 @@ def _remember(call: Call, moments: Moments) -> None:
         both = merge(Moments(state[1].expand(C), state[2 : 2 + C], state[2 + C :]), now)
         steps = state[0] + 1
         full = steps >= accumulated.steps
+        if call.batches is not None:
+            call.batches.add_(full & _empty(call, both))
         _move_once(call, both.count, both.mean, both.biased_variance, full)
         kept = torch.cat((steps.reshape(1), both.count[:1], both.mean, both.m2))
         state.copy_(torch.where(full, 0.0, kept))

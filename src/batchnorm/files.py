@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(mode)
         os.replace(partial, place)
     except OSError as error:
-        if error.filename in (None, str(partial)):
+        if error.errno is not None and error.filename in (None, str(partial)):
             error.filename = str(path)
         raise
     finally:
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 def write_texts(texts: Mapping[Path, str]) -> None:
     """Write text files, all of them whole before the first takes its place."""
     with ExitStack() as files:
-        for path, text in texts.items():
+        for path, text in reversed(list(texts.items())):  # which the stack puts in place the last first
             files.enter_context(replacing(path)).write_text(text, encoding="utf-8")
 
 

@@ -244,7 +244,7 @@ def _train_cpu(call: Call) -> Tensor:
     else:
         y = operators.fused_cpu(x, plan, weight, bias, running, call.eps, _extras(call, x))
     for buffer, t in moved:
-        buffer.copy_(t)
+        estimation.put_back(buffer, t)
     return y
 
 
@@ -271,9 +271,17 @@ def _train_aten(
 def _train_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    y, mean, var = reference.train_forward(x, weight, bias, eps)
+    moments: list[Tensor] = []
+
+    def normalized(x: Tensor) -> Tensor:
+        y, *found = reference.train_forward(x, weight, bias, eps)
+        moments.extend(found)
+        return y
+
+    y = operators.formatted(normalized, x)
     if x.numel() == 0:
         return y, None, None
+    mean, var = moments
     count = x.numel() // x.shape[1]
     return y, mean.detach(), var.detach() * (count / (count - 1))
 
@@ -357,12 +365,14 @@ def _evaluate_with(call: Call) -> Tensor:
     others = weight, bias, running_mean, running_var, call.residual
     kernel = record.forward = which(x, call.inplace, *others, fused=not alone)
     if kernel == "reference":
-        return _followed(reference.inference(x, running_mean, running_var, weight, bias, call.eps), call)
+        mean, var = running_mean, running_var
+        y = operators.formatted(lambda x: reference.inference(x, mean, var, weight, bias, call.eps), x)
+        return _followed(y, call)
     if kernel == "cpu":
         x, plan = plans.laid_out(x, given=True)
-        given = torch.stack((running_mean.double(), running_var.double()))
+        moments = torch.stack((running_mean.double(), running_var.double()))
         weight, bias = gate.ready(weight, plan), gate.ready(bias, plan)
-        return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), given)
+        return operators.fused_cpu(x, plan, weight, bias, None, call.eps, _extras(call, x), moments)
     if running_mean.dtype != x.dtype:
         running_mean, running_var = running_mean.to(_kept(x)), running_var.to(_kept(x))
     return _followed(_evaluate_aten(x, running_mean, running_var, weight, bias, call.eps), call)
@@ -402,4 +412,4 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 
 def _widened(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
+    return t if t is None or t.dtype not in NARROW else t.float()

@@ -13,12 +13,12 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from batchnorm.activations import activation_of, module_of
 from batchnorm.epilogue import WithEpilogue, recorded
 from batchnorm.functional import batch_norm
-from batchnorm.statistics import Accumulated, Batch, Policy, check_policy, own, part
+from batchnorm.statistics import Accumulated, Batch, Policy, Renorm, alone, check_policy, own, part
 from batchnorm.takeover import Guarded
 
 __all__ = [
     "OWN", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d",
-    "channels_of",
+    "channels_of", "widen_statistics",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ class _Ours(WithEpilogue, Guarded, _Base):
             self._non_persistent_buffers_set.discard(self._statistics.STATE)
         self._statistics = None if policy is None or type(policy) is Batch else own(policy)
         if policy is not None and policy.STATE is not None:
-            batches = self.num_batches_tracked
-            state = policy.state(channels_of(self), None if batches is None else batches.device)
+            tensors = (*self._buffers.values(), *self._parameters.values())
+            state = policy.state(channels_of(self), next((t.device for t in tensors if t is not None), None))
             self.register_buffer(policy.STATE, state, persistent=policy.KEPT)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -102,6 +102,8 @@ class _Ours(WithEpilogue, Guarded, _Base):
         elif not self.track_running_stats:
             mean = var = batches = None
         policy, state = self._statistics, None
+        if policy is not None and training and not self.training:
+            policy = alone(policy)  # as in torch.nn, evaluation waits for nobody
         if policy is not None and policy.STATE is not None:
             state = getattr(self, policy.STATE)
             if training and mean is None:  # whatever moves must move elsewhere
@@ -140,13 +142,23 @@ class _Ours(WithEpilogue, Guarded, _Base):
         if policy is not None and policy.STATE is not None and policy.KEPT and prefix + policy.STATE not in state_dict:
             state_dict = {**state_dict, prefix + policy.STATE: self._buffers[policy.STATE]}
         super()._load_from_state_dict(state_dict, prefix, *more)
+        widen_statistics(self)  # assign=True takes the checkpoint's own tensors
+        for name in ("num_batches_tracked", Renorm.STATE):
+            count = self._buffers.get(name)
+            if count is not None and count.is_floating_point():  # a checkpoint whose every tensor was narrowed
+                self._buffers[name] = count.long()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _STATISTICS:
+            widen_statistics(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""
         before = {name: self._buffers.get(name) for name in (*_STATISTICS, Accumulated.STATE)}
         super()._apply(fn, recurse)
         gathered = before.pop(Accumulated.STATE)
-        _widen(self, before)
+        widen_statistics(self, before)
         if gathered is not None:
             now = self._buffers[Accumulated.STATE]
             self._buffers[Accumulated.STATE] = gathered.to(now.device) if not gathered.is_meta else now.double()  # type: ignore[union-attr]
@@ -169,7 +181,7 @@ class _Ours(WithEpilogue, Guarded, _Base):
         return twin
 
 
-def _widen(layer: nn.Module, values: dict[str, Tensor | None] | None = None) -> None:
+def widen_statistics(layer: nn.Module, values: dict[str, Tensor | None] | None = None) -> None:
     """Make narrow running statistics float32 again, from the values they had."""
     for name in _STATISTICS:
         buffer = layer._buffers.get(name)
@@ -217,7 +229,7 @@ class _BatchNorm(_Ours, nn.modules.batchnorm._BatchNorm):
         _check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
         self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
-        _widen(self)
+        widen_statistics(self)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -278,7 +290,7 @@ class _LazyBatchNorm(_Ours):
         arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)  # num_features is yet unknown
         super().__init__(*arguments, **bias)
         self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
-        _widen(self)
+        widen_statistics(self)
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from the first input; residual and mask, if there are any, say nothing new."""

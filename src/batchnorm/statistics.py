@@ -84,10 +84,15 @@ class Sync(Policy):
 
     process_group: Any = None
     name: str | None = field(default=None, repr=False, compare=False)
-    met: list[bool] = field(default_factory=list, repr=False, compare=False)  # whether all have agreed on the channels
+    # What all have agreed on, if anything: channels, and bytes of a number.
+    agreed: list[tuple[int, int]] = field(default_factory=list, repr=False, compare=False)
 
     def __deepcopy__(self, memo: Any) -> Sync:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without what was agreed on: it may be loaded beside processes that have not met yet."""
+        return {**vars(self), "agreed": []}
 
 
 @dataclass(frozen=True)
@@ -203,9 +208,25 @@ class Accumulated(Policy):
 def own(policy: Policy, name: str | None = None) -> Policy:
     """Give a layer a policy of its own where it talks to other processes: a name to complain under, a first meeting."""
     if isinstance(policy, Sync):
-        return replace(policy, name=policy.name or name, met=[])
+        return replace(policy, name=policy.name or name, agreed=[])
     over = getattr(policy, "over", None)
     return policy if over is None or part(over, Sync) is None else replace(policy, over=own(over, name))  # type: ignore[call-arg]
+
+
+def alone(policy: Policy) -> Policy:
+    """Give the policy without what needs other processes."""
+    if isinstance(policy, Sync):
+        return Batch()
+    over = getattr(policy, "over", None)
+    return policy if over is None or part(over, Sync) is None else replace(policy, over=alone(over))  # type: ignore[call-arg]
+
+
+def over_group(policy: Policy, process_group: Any) -> Policy:
+    """Give the policy with that process group, where it takes moments over processes and names no group."""
+    if isinstance(policy, Sync):
+        return policy if policy.process_group is not None else replace(policy, process_group=process_group)
+    over = getattr(policy, "over", None)
+    return policy if over is None else replace(policy, over=over_group(over, process_group))  # type: ignore[call-arg]
 
 
 def check_policy(policy: Policy | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 
@@ -33,6 +33,14 @@ BETWEEN = (
 TRANSFORMS = (
     "double", "double", "batched", "vmap", "vmap_weight", "jvp", "jacrev", "vjp", "dual", "dual_grad", "hessian",
     "vmap_grads",
+)  # fmt: skip
+BAD = (
+    "weight_size", "bias_size", "running_mean_size", "running_var_size", "weight_dtype", "bias_dtype", "weight_rank",
+    "weight_device", "running_mean_device", "x_int", "x_complex", "x_rank", "x_channels", "x_sparse", "one_value",
+    "eps_zero", "eps_negative", "momentum", "momentum_none", "statistics_missing", "one_statistic", "residual_size",
+    "residual_dtype", "residual_device", "mask_size", "mask_dtype", "mask_negative", "mask_nan", "mask_grad",
+    "activation_name", "activation_type", "policy_type", "state_size", "state_missing", "inplace_leaf", "inplace_relu",
+    "inplace_expanded", "inplace_weight", "renorm_statistics", "ghost_rest",
 )  # fmt: skip
 MASKS = ("all", "some", "few", "nothing", "sample", "first", "weights", "small_weights", "broadcast", "broadcast_batch")
 POLICIES = (
@@ -75,6 +83,7 @@ class Case:
     hooks: str = ""
     between: str = ""  # what changes between the forward and the backward
     transform: str = ""
+    bad: str = ""  # which argument does not fit
     threads: int = 1
     division: str = "usual"  # how the work is cut
     memory: str = ""  # which guard
@@ -107,9 +116,7 @@ def draw(seed: int, index: int, few: bool = False) -> Case:
     known = FEW_FORMS if few else min(len(FORMS), FEW_FORMS + index // FORM_EVERY)
     activation, has_residual, inplace = FORMS[rng.randrange(known)]
     dtype = rng.choices(FLOATS, (12, 1, 1, 1) if few else (10, 4, 4, 1))[0]
-    if few and dtype == "bfloat16":
-        activation, has_residual, inplace = FORMS[0]
-    kind = rng.choices(("plain", "hooks", "between", "transform"), (60, 14, 12, 14))[0]
+    kind = rng.choices(("plain", "hooks", "between", "transform", "bad"), (56, 14, 12, 12, 6))[0]
     training = rng.random() < 0.8
     shape = _shape(rng, small=kind == "transform", rare=index % 17 == 0)
     case: dict[str, object] = {
@@ -149,10 +156,23 @@ def draw(seed: int, index: int, few: bool = False) -> Case:
     if kind == "plain" and rng.random() < 0.06:
         case["special"] = rng.choice(("constant", "constant", "nan", "inf"))
     if kind != "plain":
-        case[kind] = rng.choice({"hooks": HOOKS, "between": BETWEEN, "transform": TRANSFORMS}[kind])
+        case[kind] = rng.choice({"hooks": HOOKS, "between": BETWEEN, "transform": TRANSFORMS, "bad": BAD}[kind])
+    if kind == "bad":
+        return Case(case["seed"], _shape(rng, True, False), dtype, training=training, buffers="plain", bad=case["bad"])  # type: ignore[arg-type]
     if not training and dtype != "float16" and not case["neg"] and kind != "transform" and rng.random() < 0.6:
         case["kernel"] = "cpu"
-    return _consistent(Case(**case))  # type: ignore[arg-type]
+    made = Case(**case)  # type: ignore[arg-type]
+    return _consistent(_cheap(made) if few else made)
+
+
+def _cheap(case: Case) -> Case:
+    """The case without what only it would compile."""
+    plain = case.dtype != "float32" or not case.training or case.transform or "Sync" in case.policy
+    if plain:
+        case = replace(case, activation=None, residual="", inplace=False)
+    if case.dtype != "float32" or case.activation is not None or "Sync" in case.policy:
+        case = replace(case, mask="")
+    return case
 
 
 def _shape(rng: random.Random, small: bool, rare: bool) -> tuple[int, ...]:
@@ -178,47 +198,54 @@ def _shape(rng: random.Random, small: bool, rare: bool) -> tuple[int, ...]:
 
 def _consistent(case: Case) -> Case:
     """The case without what its parts do not allow together; what is left may be refused only as torch would."""
-    change: dict[str, object] = {}
-    sync = "Sync" in case.policy
-    if case.inplace:
-        change.update(residual="")
-        if case.activation is not None and case.activation[0] == "elu" and case.dtype in ("bfloat16", "float16"):
-            change["activation"] = None
-        if case.transform:
-            change["inplace"] = False
-    if case.transform:
-        change.update(buffers="none" if case.training else "plain", batches=1, grad="same", wanted="xwb", neg=False)
-        change.update(counted=False, momentum=0.1)
-        change.update(mask="" if case.mask in ("nothing", "weights", "small_weights") else case.mask, mask_dtype="bool")
-        change.update(policy=case.policy if case.policy.startswith("Ghost") else "", threads=1, kernel="", residual="")
-        change.update(memory=case.memory if case.transform in ("double", "batched", "dual_grad", "vmap_grads") else "")
-    if case.policy.startswith(("Renorm", "Accumulated")) and case.buffers == "none":
-        change["buffers"] = "plain"
-    if (case.momentum is None or case.policy.startswith("Renorm")) and not case.transform:
-        change["counted"] = True
-    if case.call == "layer":
-        change["counted"] = case.buffers != "none"
-        if case.buffers == "none" and case.momentum is None:
-            change["momentum"] = 0.1
+    case = _transformed(case) if case.transform else _called(case)
     if not case.training and case.buffers == "none":
-        change["buffers"] = "plain"
-    if sync:
-        change.update(between="", hooks="", inplace=False)
-    if case.between.startswith(("layer", "moved")):
-        change["call"] = "layer" if len(case.shape) <= 5 else "function"
-    by_loops = case.dtype != "float16" and (case.training or case.kernel == "cpu")
-    if not by_loops and not case.between.endswith("inplace"):
-        change["between"] = ""  # torch's kernels read outside of tensors that have become smaller
-    if case.between:
-        change["batches"] = 1  # the next call is another story
+        case = replace(case, buffers="plain")
+    if case.inplace:
+        flat = case.activation is not None and case.activation[0] == "elu" and case.dtype in ("bfloat16", "float16")
+        case = replace(case, residual="", activation=None if flat else case.activation)
     if case.values == 0 or len(case.shape) > 5:
-        change.update(kernel="", special="", between="", call="function")
+        case = replace(case, kernel="", special="", between="", call="function")
     if case.dtype in ("float32", "float64"):
-        change.update({name: "plain" for name in ("weight", "bias") if getattr(case, name) == "wide"})
+        case = replace(case, **{name: "plain" for name in ("weight", "bias") if getattr(case, name) == "wide"})
     if case.special:
-        change.update(mask="", policy="")
-        if case.special != "constant":
-            change.update(
-                activation=None if case.activation and case.activation[0] not in ("relu",) else case.activation
-            )
-    return Case(**{**{f.name: getattr(case, f.name) for f in fields(case)}, **change})  # type: ignore[arg-type]
+        case = replace(case, mask="", policy="")
+        if case.special != "constant" and case.activation is not None and case.activation[0] != "relu":
+            case = replace(case, activation=None)
+    return _countable(case)
+
+
+def _transformed(case: Case) -> Case:
+    """A function of x, weight and bias, small and tame."""
+    mask = "" if case.mask in ("nothing", "weights", "small_weights") else case.mask
+    own = case.transform in ("double", "batched", "dual_grad", "vmap_grads")  # those in which loops may run
+    return replace(
+        case, buffers="none" if case.training else "plain", batches=1, grad="same", wanted="xwb", neg=False,
+        inplace=False, residual="", kernel="", threads=1, mask=mask, mask_dtype="bool",
+        policy=case.policy if case.policy.startswith("Ghost") else "", memory=case.memory if own else "",
+    )  # fmt: skip
+
+
+def _called(case: Case) -> Case:
+    if "Sync" in case.policy:
+        case = replace(case, between="", hooks="", inplace=False)
+    if case.policy.startswith(("Renorm", "Accumulated")) and case.buffers == "none":
+        case = replace(case, buffers="plain")
+    by_loops = case.dtype != "float16" and not case.neg and len(case.shape) <= 5
+    by_loops = by_loops and (case.training or case.kernel == "cpu")
+    if not by_loops and not case.between.endswith("inplace"):
+        case = replace(case, between="")  # torch's kernels read outside of tensors that have become smaller
+    if case.between.startswith(("layer", "moved")):
+        case = replace(case, call="layer")
+    return replace(case, batches=1) if case.between else case  # the next call is another story
+
+
+def _countable(case: Case) -> Case:
+    """Whether batches are counted, and how they are averaged."""
+    if case.transform:
+        return replace(case, counted=False, momentum=0.1)
+    if case.call == "layer":
+        missing = case.buffers == "none" and case.momentum is None
+        return replace(case, counted=case.buffers != "none", momentum=0.1 if missing else case.momentum)
+    needed = case.momentum is None or case.policy.startswith("Renorm")
+    return replace(case, counted=case.counted or needed)

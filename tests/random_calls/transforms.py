@@ -40,12 +40,11 @@ def transformed(case: Case, subject: Any) -> list[str]:
     try:
         found = _apply(case.transform, ours, args, extra, vector)
     except Exception as error:
-        if mask is None and not case.policy:
-            theirs = torchs(case, subject.running)
-            try:
-                _apply(case.transform, lambda *a: theirs(*a, None), args, extra, vector)
-            except type(error):
-                return []
+        theirs = torchs(case, subject.running)  # without mask and policy, which torch has not
+        try:
+            _apply(case.transform, lambda *a: theirs(*a, None), args, extra, vector)
+        except type(error):
+            return []
         raise
     faults = []
     relative = _RELATIVE[subject.dtype] * (10 if case.transform in _SECOND else 1)

@@ -11,12 +11,15 @@ from interruption import interrupted
 from batchnorm import cli
 from batchnorm.cli import main
 from batchnorm.study.results import Comparison
+from waiting import HANGS_AFTER
 
 QUICK = ["compare", "--quick", "--seeds", "1", "--steps", "2"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=HANGS_AFTER, check=False
+    )
 
 
 def test_compare_writes_its_results_and_says_the_answer(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from batchnorm import files
 from batchnorm.study import report
 from batchnorm.study.report import render
 from batchnorm.study.results import Comparison
+from waiting import HANGS_AFTER
 
 BROWSER = shutil.which("chromium")
 FLAGS = [
@@ -100,7 +101,9 @@ def test_a_browser_shows_the_plots(trained: Comparison, tmp_path: Path) -> None:
     _, page = trained.save(tmp_path)
     picture = tmp_path / "page.png"
     arguments = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,2600"]
-    subprocess.run([*arguments, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [*arguments, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=HANGS_AFTER
+    )
     pixels = 255 * matplotlib.image.imread(picture)[..., :3]
     for colour in ((0xB3, 0x47, 0x00), (0x00, 0x67, 0xA8)):
         shown = np.abs(pixels - colour).max(axis=-1) < 2

@@ -120,6 +120,13 @@ class DetectronFrozen(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps)
 
 
+class Held(nn.BatchNorm2d):
+    """Never normalizes with the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
 # --- which compute something else ---
 
 

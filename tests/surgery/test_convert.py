@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm
 from batchnorm import kernels
+from waiting import HANGS_AFTER
 
 KINDS = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 BF16 = torch.bfloat16
@@ -138,7 +140,7 @@ def patched() -> nn.Module:
 LEFT = {
     "a subclass": (Shifted(3), "Shifted is a subclass"),
     "of ours": (OwnShifted(3), "OwnShifted is a subclass"),
-    "synchronized": (nn.SyncBatchNorm(3), "SyncBatchNorm: its statistics are over all processes"),
+    "synchronized": (nn.SyncBatchNorm(3), "over all processes, which convert(model, statistics=Sync()) keeps"),
     "another": (FrozenBatchNorm2d(), "FrozenBatchNorm2d is not torch.nn's"),
     "parametrized": (nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3), dim=None), "is a subclass"),
     "patched": (patched(), "its forward has been replaced"),
@@ -195,7 +197,7 @@ def test_a_reverted_model_loads_where_this_package_is_not(tmp_path: Path) -> Non
         batchnorm.revert(given.eval())
         file = tmp_path / "model.pickle"
         file.write_bytes(pickle.dumps((given, image(), given(image()).detach())))
-        subprocess.run([sys.executable, "-c", WITHOUT_US, str(file)], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", WITHOUT_US, str(file)], check=True, timeout=HANGS_AFTER)
 
 
 def test_copies_of_a_converted_model_are_ours() -> None:
@@ -204,3 +206,36 @@ def test_copies_of_a_converted_model_are_ours() -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin[1]) is batchnorm.BatchNorm2d
         torch.testing.assert_close(twin(image()), network()(image()))
+
+
+def test_synchronized_layers_of_torch_nn_become_ours_with_sync_and_go_back() -> None:
+    group: Any = object()
+    layer = nn.SyncBatchNorm(3, momentum=None, process_group=group)
+    model = nn.Sequential(layer)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    report = batchnorm.convert(model, statistics=batchnorm.Sync())
+    assert model[0] is layer
+    assert list(report.converted) == ["0"]
+    assert layer.statistics.process_group is group
+    assert batchnorm.convert(model, statistics=batchnorm.Renorm(over=batchnorm.Sync())).skipped == {}
+    assert layer.statistics.over.process_group is group
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(layer.eval()(x), nn.BatchNorm1d(3).eval()(x))
+    batchnorm.convert(model, statistics=batchnorm.Sync())
+    assert list(batchnorm.revert(model).converted) == ["0"]
+    assert type(layer) is nn.SyncBatchNorm
+    assert layer.process_group is group
+    assert layer.momentum is None
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("statistics", [None, batchnorm.Ghost(2), batchnorm.Accumulated(2)], ids=str)
+@pytest.mark.parametrize("around", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_models_without_memory_are_converted(around: Any, statistics: Any) -> None:
+    with around():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, dtype=torch.bfloat16), nn.BatchNorm2d(4))
+        report = batchnorm.convert(model, statistics)
+        assert list(report.converted) == ["1", "2"]
+        assert model[1].running_var.dtype == torch.float32
+        batchnorm.revert(model)
+        assert model[1].running_var.dtype == torch.bfloat16

@@ -157,3 +157,42 @@ def test_a_sequential_says_what_follows_and_a_run_corrects_it() -> None:
     model = randomized(Undecided(nn.ReLU()))
     assert batchnorm.fold(model).folded == {}
     assert batchnorm.fold(model, image(2)).folded == {"norm": "into conv"}
+
+
+class Outcome:
+    """No tensor, and no tree that torch knows."""
+
+    def __init__(self, y: Tensor, features: Tensor) -> None:
+        self.y, self.features = y, features
+
+
+HIDDEN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a scripted part": lambda m, x: m.first(y := m.a(x)).relu() + m.scripted(y),
+    "hooks": lambda m, x: m.first(m.watched(m.a(x))).relu(),
+    "an attribute": lambda m, x: m.first(m.keep(m.a(x))).relu(),
+    "an object": lambda m, x: Outcome(m.first(y := m.a(x)).relu(), y),
+    "a view that is written to": lambda m, x: m.first(write(m.a(x))).relu(),
+}
+
+
+def write(y: Tensor) -> Tensor:
+    y.view(-1)[:3].zero_()
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("wiring", HIDDEN.values(), ids=HIDDEN)
+def test_readers_that_no_function_call_shows(wiring: Any) -> None:
+    class Kept(Wired):
+        def keep(self, y: Tensor) -> Tensor:
+            self.kept = y
+            return y
+
+    torch.manual_seed(0)
+    model: Any = randomized(Kept(wiring))
+    model.scripted = torch.jit.script(nn.Sequential(nn.Tanh()))
+    model.watched = nn.Identity()
+    model.watched.register_forward_hook(lambda *_: None)
+    result = batchnorm.fold(model, image(2))
+    assert "first" in result.skipped
+    assert result.skipped["first"].startswith(("a feeds others, too", "it follows"))

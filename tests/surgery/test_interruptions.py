@@ -6,7 +6,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.kernels import ran
 from batchnorm.surgery.preserve import preserved
 from batchnorm.surgery.restoring import Restoring
 
@@ -80,7 +82,11 @@ def all_places(call: Callable[[Any], Any], files: tuple[str, ...], opcodes: bool
     return injection.places
 
 
-@pytest.mark.parametrize("name", CALLS)
+# The others' code is the same, and takes longer.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if " " in name else name for name in CALLS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_signal_at_any_line_leaves_the_model_as_it_was(name: str) -> None:
     call = CALLS[name]
     places = all_places(call, EVERYTHING)
@@ -99,14 +105,15 @@ def test_a_signal_at_any_instruction_of_the_restoring_code(name: str) -> None:
             assert tried(call, Injection(RESTORING, k, signalled, opcodes=True)), places[k]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_exception_at_any_line_leaves_the_model_as_it_was(name: str) -> None:
     """Raised by another thread, say, and by no signal: nothing can protect the first line of the way back alone."""
     call = CALLS[name]
     places = all_places(call, EVERYTHING)
     first = Restoring.__exit__.__code__.co_firstlineno + 1
-    for k in chosen(places):
-        assert tried(call, Injection(EVERYTHING, k, raising)) or places[k] == ("__exit__", first), places[k]
+    with alarmed(stays=False):
+        for k in chosen(places):
+            assert tried(call, Injection(EVERYTHING, k, raising)) or places[k] == ("__exit__", first), places[k]
 
 
 @pytest.mark.parametrize("act", [raising, signalled])
@@ -124,7 +131,7 @@ def test_an_adapted_model_is_taken_back_whole_or_stays_whole(way: str, act: Call
     files = ("restoring.py", "adaptation")
     counted = Injection(files, None)
     adapted = batchnorm.adapt(network(), data(), prior=16)
-    with counted.armed():
+    with alarmed(), counted.armed():
         back(adapted)
     for k, (function, _) in enumerate(counted.places):
         with alarmed(stays=act is signalled and function != "completely"):
@@ -139,35 +146,66 @@ def test_an_adapted_model_is_taken_back_whole_or_stays_whole(way: str, act: Call
             assert before.unchanged() or (function in unprotected and after.unchanged()), (function, k)
 
 
+class Alarms:
+    """Alarms after random times, whose handler raises TimeoutError wherever the program is."""
+
+    def __init__(self) -> None:
+        seed = int.from_bytes(os.urandom(2), "big")
+        print("seed", seed)
+        self._chance = random.Random(seed)
+
+    def within(self, longest: float, work: Callable[[], Any]) -> bool:
+        """Work until an alarm comes, or the work is done: which of both."""
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self._chance.uniform(1e-6, longest))
+            work()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except TimeoutError:
+            return True
+        return False
+
+
+@pytest.fixture
+def alarms() -> Iterator[Alarms]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield Alarms()
+    assert signal.getsignal(signal.SIGALRM) is handler
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("name", ["preserved", "recalibrate", "adapt", "frozen_statistics"])
-def test_alarms_at_random_times(name: str) -> None:
-    """A real signal, whose handler raises TimeoutError wherever the program is."""
-    seed = int.from_bytes(os.urandom(2), "big")
-    print("seed", seed)
-    chance, call = random.Random(seed), CALLS[name]
+def test_alarms_at_random_times(name: str, alarms: Alarms) -> None:
+    call = CALLS[name]
     call(network())
     begun = time.perf_counter()
     call(network())
     longest = 1.5 * (time.perf_counter() - begun)
     interrupted = 0
+    for _ in range(300):
+        model = network()
+        before = Snapshot(model)
+        if alarms.within(longest, partial(call, model)):
+            interrupted += 1
+            assert before.unchanged()
+    assert interrupted > 30
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
 
-    ours = signal.signal(signal.SIGALRM, handler)
-    try:
-        for _ in range(300):
-            model = network()
-            before = Snapshot(model)
-            try:
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, longest))
-                call(model)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except TimeoutError:
-                interrupted += 1
-                assert before.unchanged()
-            assert signal.getsignal(signal.SIGALRM) is handler
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, ours)
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}])
+def test_both_counters_of_renormalization_count_a_batch_or_none(options: dict[str, Any], alarms: Alarms) -> None:
+    layer, x = batchnorm.BatchNorm1d(2, statistics=batchnorm.Renorm(), **options), data()
+
+    def work() -> None:
+        for _ in range(200):
+            layer(x)
+
+    work()
+    assert ran().forward == "cpu"
+    interrupted = 0
+    for _ in range(300):
+        interrupted += alarms.within(0.005, work)
+        assert layer.renorm_batches == layer.num_batches_tracked
     assert interrupted > 30

@@ -254,14 +254,19 @@ def test_timms_tools_find_the_activation_of_a_converted_layer() -> None:
     torch.testing.assert_close(frozen.train()(x), right)
 
 
-def test_synchronizing_a_converted_layer_says_to_revert_before() -> None:
-    model = nn.Sequential(BatchNormAct2d(C))
+def test_synchronizing_a_converted_layer_is_for_its_own_package() -> None:
+    x = torch.randn(2, C, 4, 4)
+    model = nn.Sequential(random_state(BatchNormAct2d(C))).eval()
+    right = model(x)
     batchnorm.convert(model)
-    for function in (nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm):
-        with pytest.raises(RuntimeError, match=r"without its activation relu: call batchnorm\.revert before"):
-            function(copy.deepcopy(model))
-    batchnorm.revert(model)
-    assert type(timm.layers.convert_sync_batchnorm(model)[0]) is SyncBatchNormAct
+    with pytest.raises(RuntimeError, match=r"without its activation relu: take timm\.layers\.norm_act's own function"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    for reverted in (False, True):
+        if reverted:
+            batchnorm.revert(model)
+        synchronized = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+        assert type(synchronized[0]) is SyncBatchNormAct
+        torch.testing.assert_close(synchronized(x), right)
 
 
 def test_torchscript_gets_the_class_that_it_was() -> None:
@@ -339,6 +344,22 @@ def test_frozen_layers_of_other_packages_evaluate_and_become_what_they_were() ->
     torch.testing.assert_close(layer.train()(x), right(x))
     assert batchnorm.unfreeze(layer) == ("",)
     assert type(layer) is BatchNormAct2d
+
+
+def test_recalibration_serves_what_moves_its_statistics_and_leaves_what_never_does() -> None:
+    held = {
+        "1": FrozenBatchNormAct2d(C),
+        "2": FrozenBatchNorm2d(C),
+        "3": classes.DetectronFrozen(C),
+        "4": classes.Held(C),
+    }
+    served = {"5": BatchNormAct2d(C), "6": SyncBatchNormAct(C), "7": SplitBatchNorm2d(C), "8": classes.Patient(C)}
+    served["6"].act = nn.ReLU()  # as timm's conversion does
+    model = nn.Sequential(nn.Conv2d(3, C, 1), *map(random_state, (held | served).values()))
+    report = batchnorm.recalibrate(model, [torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)])
+    assert report.skipped.keys() == held.keys()
+    assert all("never moves its statistics" in reason for reason in report.skipped.values())
+    assert report.layers.keys() == served.keys() | {"7.aux_bn.0"}  # which the split layer calls
 
 
 class Straight(torch.autograd.Function):

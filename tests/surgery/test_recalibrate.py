@@ -31,6 +31,7 @@ import batchnorm
 from batchnorm import Accumulated, Ghost, Moments, Renorm, Sync
 from batchnorm.surgery.recalibration.clusters import Clusters
 from batchnorm.surgery.recalibration.measure import moments_of
+from waiting import HANGS_AFTER
 
 DOCS = Path(__file__).parents[2] / "docs"
 METHODS = ("batch", "layerwise")
@@ -680,7 +681,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGINT)
-            printed, _ = process.communicate(timeout=60)
+            printed, _ = process.communicate(timeout=HANGS_AFTER)
         finally:
             process.kill()
     assert (printed, process.returncode) == ("same\n", 0)

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms import Join
 
 import batchnorm
 from batchnorm import Accumulated, Renorm, Sync, kernels
 
+PATIENCE = 10  # seconds: longer than a busy machine stops a process that has a little to do
 KINDS: dict[int, tuple[Any, Any]] = {
     2: (batchnorm.BatchNorm1d, nn.BatchNorm1d),
     3: (batchnorm.BatchNorm1d, nn.BatchNorm1d),
@@ -167,7 +169,7 @@ def training_errors(rank: int) -> dict[str, float]:
     return {name: float((t - expected[name]).abs().max()) for name, t in model.state_dict().items()}
 
 
-def bytes_sent() -> dict[str, int]:
+def bytes_sent() -> dict[str, dict[str, int]]:
     """Bytes that one process sends in a step of a layer of 64 channels."""
     sent = {"forward": 0, "backward": 0}
     originals = dist.all_gather_single, dist.all_reduce
@@ -181,13 +183,19 @@ def bytes_sent() -> dict[str, int]:
         return originals[1](own, **options)
 
     layer = batchnorm.BatchNorm2d(64, statistics=Sync())
-    layer(torch.randn(4, 64, 5, 5))  # which also compares the numbers of channels
-    dist.all_gather_single, dist.all_reduce = gather, reduce
-    try:
-        layer(torch.randn(4, 64, 5, 5)).square().sum().backward()
-    finally:
-        dist.all_gather_single, dist.all_reduce = originals
-    return sent
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        layer.to(dtype)
+        x = torch.randn(4, 64, 5, 5, dtype=dtype)
+        layer(x)  # which also compares the numbers of channels, and the dtypes
+        sent.update(forward=0, backward=0)
+        dist.all_gather_single, dist.all_reduce = gather, reduce
+        try:
+            layer(x).square().sum().backward()
+        finally:
+            dist.all_gather_single, dist.all_reduce = originals
+        found[str(dtype)] = dict(sent)
+    return found
 
 
 def compile_once(group: Any) -> None:
@@ -230,7 +238,7 @@ def fail() -> dict[str, Any]:
     rank = dist.get_rank()
 
     def told(step: Callable[[Any], None]) -> tuple[str, float]:
-        group = dist.new_group(timeout=timedelta(seconds=4))
+        group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
         dist.barrier()
         start = time.perf_counter()
         try:
@@ -254,9 +262,79 @@ def fail() -> dict[str, Any]:
         layer = batchnorm.BatchNorm1d(5 + rank, statistics=Sync(group, name="head.norm"))
         layer(torch.randn(8, 5 + rank))
 
-    batchnorm.BatchNorm1d(5, statistics=Sync())(torch.randn(8, 5)).sum().backward()  # compiles what is used below
+    def doubled(group: Any) -> None:
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(group, name="head.norm"))
+        layer(torch.randn(8, 5))
+        if rank == 1:
+            layer.double()
+        layer(torch.randn(8, 5, dtype=layer.weight.dtype))
+
+    def floated(group: Any) -> None:
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(group, name="head.norm")).double()
+        layer(torch.randn(8, 5).double())
+        if rank == 0:
+            layer.float()
+        layer(torch.randn(8, 5, dtype=layer.weight.dtype))
+
+    def other_channels(group: Any) -> None:
+        layer = free(group)
+        layer(torch.randn(8, 5))
+        layer(torch.randn(8, 5 + rank))
+
+    def free(group: Any) -> Any:
+        """A layer for any number of channels."""
+        return batchnorm.BatchNorm1d(
+            5, affine=False, track_running_stats=False, statistics=Sync(group, name="head.norm")
+        )
+
+    def changed_by_all(group: Any) -> None:
+        """All change, also after one was wrong alone: then everything is as it should be."""
+        layer = free(group)
+        for C, dtype in ((5, torch.float32), (7, torch.float32), (7, torch.float64), (2, torch.float64)):
+            message = ""
+            try:
+                layer(torch.randn(8, 9 if rank == 0 else C))
+            except RuntimeError as error:
+                message = str(error)
+            assert f"(9, 4), ({C}, 4)" in message, message
+            for _ in range(2):
+                x = torch.randn(16, C, generator=torch.Generator().manual_seed(C)).to(dtype)
+                own = x[8 * rank : 8 * rank + 8].clone().requires_grad_()
+                y = layer(own)
+                y.pow(3).sum().backward()
+                whole = x.double().requires_grad_()
+                right = nn.functional.batch_norm(whole, None, None, training=True)
+                right.pow(3).sum().backward()
+                mine = slice(8 * rank, 8 * rank + 8)
+                assert distance(y, right[mine]) < 1e-5
+                assert distance(own.grad, whole.grad[mine]) < 1e-4
+
+    def outside(group: Any) -> None:
+        first = dist.new_group([0])
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(first, name="head.norm"))
+        layer(torch.randn(8, 5))
+
+    def evaluates_alone(group: Any) -> None:
+        if rank == 0:
+            for policy in (Sync(group), Renorm(over=Sync(group)), Accumulated(2, over=Sync(group))):
+                layer = batchnorm.BatchNorm1d(5, track_running_stats=isinstance(policy, Renorm), statistics=policy)
+                layer.eval()(torch.randn(8, 5))
+
+    def joined(group: Any) -> None:
+        layer = batchnorm.BatchNorm1d(5, statistics=Sync(group, name="head.norm"))
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 5), layer), process_group=group)
+        with Join([model], throw_on_early_termination=True):
+            for _ in range(2 if rank == 0 else 1):
+                model(torch.randn(8, 5)).sum().backward()
+
+    for dtype in (torch.float32, torch.float64):  # compiles what is used below
+        batchnorm.BatchNorm1d(5, statistics=Sync(), dtype=dtype)(torch.randn(8, 5, dtype=dtype)).sum().backward()
     found = {}
-    for step in (uneven, backward_missing, channels):
+    steps = (
+        uneven, backward_missing, channels, doubled, floated, other_channels, changed_by_all, outside, evaluates_alone,
+        joined,
+    )  # fmt: skip
+    for step in steps:
         message: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(message, told(step))
         found[step.__name__] = message

@@ -52,7 +52,7 @@ def test_an_error_in_one_process_ends_both(found: dict[str, Any], where: str) ->
     assert first[0] == "RuntimeError: process 1 of the group has failed: see its own error"
     assert second[0] == "OSError: the disk is full"
     for _, seconds, same in (first, second):
-        assert seconds < 20
+        assert seconds < 100  # nobody waited for the end of the group's patience, 2 minutes
         assert same
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import CASES
+from ranks import CASES, PATIENCE
 
 import batchnorm
 from batchnorm import Ghost, Sync
+from waiting import HANGS_AFTER
 
 HERE = Path(__file__).parent
 
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 def started(arguments: list[str], folder: Path) -> str:
     """Run a script in two processes; what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=HANGS_AFTER)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -60,7 +61,8 @@ def test_data_parallel_training_is_that_of_the_whole_batch(computed: dict[str, A
 
 
 def test_one_short_message_each_way(computed: dict[str, Any]) -> None:
-    assert computed["bytes"] == {"forward": 4 * (2 * 64 + 1), "backward": 4 * 2 * 64}
+    for dtype, size in (("torch.float32", 4), ("torch.float64", 8)):
+        assert computed["bytes"][dtype] == {"forward": size * (2 * 64 + 1), "backward": size * 2 * 64}
 
 
 @pytest.mark.parametrize("step", ["uneven", "backward_missing"])
@@ -68,8 +70,8 @@ def test_a_process_that_waits_in_vain_says_for_which_layer(failed: dict[str, Any
     (message, seconds), (other, _) = failed[step]
     direction = "backward" if step == "backward_missing" else "forward"
     assert message.startswith(f"head.norm (5 channels): its {direction} pass did not hear from all 2 processes")
-    assert "Join" in message
-    assert seconds < 15
+    assert "Join(…, throw_on_early_termination=True)" in message
+    assert seconds < 20 * PATIENCE  # and not the whole group's patience, 8 minutes
     assert other == ""
 
 
@@ -77,7 +79,38 @@ def test_other_channels_in_another_process(failed: dict[str, Any]) -> None:
     for rank, (message, seconds) in enumerate(failed["channels"]):
         assert message.startswith(f"head.norm ({5 + rank} channels): all processes must have the same number")
         assert "(5, 4), (6, 4)" in message
-        assert seconds < 4
+        assert seconds < PATIENCE  # nobody waited
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [("doubled", "(5, 4), (5, 8)"), ("floated", "(5, 4), (5, 8)"), ("other_channels", "(5, 4), (6, 4)")],
+)
+def test_a_layer_that_has_changed_in_one_process_alone(failed: dict[str, Any], step: str, told: str) -> None:
+    for message, seconds in failed[step]:
+        assert message.startswith("head.norm (")
+        assert "all processes must have the same number of channels, and float64 in all or none" in message
+        assert message.endswith(told)
+        assert seconds < 20 * PATIENCE
+
+
+def test_a_layer_that_has_changed_in_all_processes(failed: dict[str, Any]) -> None:
+    assert [message for message, _ in failed["changed_by_all"]] == ["", ""]
+
+
+def test_a_process_outside_the_group(failed: dict[str, Any]) -> None:
+    (member, _), (outsider, _) = failed["outside"]
+    assert member == ""
+    assert outsider.startswith("head.norm (5 channels): this process (rank 1) is not in the process group")
+
+
+def test_evaluation_waits_for_nobody(failed: dict[str, Any]) -> None:
+    assert [message for message, _ in failed["evaluates_alone"]] == ["", ""]
+
+
+def test_join_ends_all_processes_together(failed: dict[str, Any]) -> None:
+    for message, _ in failed["joined"]:
+        assert "exhausted inputs" in message
 
 
 def test_no_process_group() -> None:

@@ -10,6 +10,7 @@ import copy
 import re
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from batchnorm.files import target
 
 __all__ = ["KEYS", "Checkpoint", "check_outs", "fit", "is_safetensors", "read", "save", "write"]
 
+_WRAPPERS = re.compile(r"(?:(?:module|_orig_mod)\.)*")
 KEYS = ("state_dict", "model_state_dict", "model")
 
 
@@ -115,8 +117,13 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def fit(model: nn.Module, checkpoint: Checkpoint) -> None:
+def fit(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Load a checkpoint's weights into a model made for them, all of them.
+
+    Names may begin with what a parallel or compiled model's begin with, in the file and in the model or in one of them.
+
+    Returns:
+        For each name in the model, that of the same weights in the file.
 
     Raises:
         ValueError: naming the first weights that are missing, unexpected or of another shape. Missing may be another
@@ -124,25 +131,46 @@ def fit(model: nn.Module, checkpoint: Checkpoint) -> None:
             there, that are sparse or have no values.
     """
     own = model.state_dict(keep_vars=True)
-    for what, state in ((str(checkpoint.path), checkpoint.state), (type(model).__name__, own)):
-        for name, value in state.items():
+    for what, weights in ((str(checkpoint.path), checkpoint.state), (type(model).__name__, own)):
+        for name, value in weights.items():
             reason = _unusable(value)
             if reason is not None:
                 raise ValueError(f"{name} of {what} {reason}")
+    prefixes = _prefix(checkpoint.state), _prefix(own)
+    state = _renamed(checkpoint.state, *prefixes)
     other = [
         f"{name} ({list(value.shape)}; in the model {list(own[name].shape)})"
-        for name, value in checkpoint.state.items()
+        for name, value in state.items()
         if name in own and _differ(own[name], value)
     ]
-    keys = None if other else model.load_state_dict(checkpoint.state, strict=False)
-    there = {id(own[name]) for name in checkpoint.state if name in own}
+    keys = None if other else model.load_state_dict(state, strict=False)
+    there = {id(own[name]) for name in state if name in own}
     names = own if keys is None else keys.missing_keys
-    missing = [name for name in names if name not in checkpoint.state and id(own.get(name)) not in there]
-    unexpected = [name for name in checkpoint.state if name not in own] if keys is None else keys.unexpected_keys
+    missing = [name for name in names if name not in state and id(own.get(name)) not in there]
+    unexpected = [name for name in state if name not in own] if keys is None else keys.unexpected_keys
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": other}
     if missing or unexpected or other:
         said = "; ".join(f"{len(these)} {what}: {_list(these)}" for what, these in problems.items() if these)
         raise ValueError(f"{checkpoint.path} does not fit {type(model).__name__}: {said}")
+    return dict(zip(state, checkpoint.state, strict=True))
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What all names begin with, of what wrappers around a whole model add to them."""
+    found = (_WRAPPERS.match(name) for name in names)
+    return min((match[0] for match in found if match is not None), key=len, default="")
+
+
+def _renamed(state: Any, old: str, new: str) -> Any:
+    """The same with another prefix; also in the versions of layers that torch keeps beside the weights."""
+    if old == new:
+        return state
+    made: Any = OrderedDict((new + name.removeprefix(old), value) for name, value in state.items())
+    versions: Any = getattr(state, "_metadata", None)
+    if versions is not None:
+        kept = {f"{name}."[len(old) :]: value for name, value in versions.items() if f"{name}.".startswith(old)}
+        made._metadata = OrderedDict(((new + name).removesuffix("."), value) for name, value in kept.items())
+    return made
 
 
 def _unusable(value: Any) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.commands import checkpoints, named
 from batchnorm.files import replacing
@@ -49,8 +49,9 @@ def run(
         raise ValueError(f"{out} is to be a program of torch.export, which needs example inputs: say --example")
     checkpoints.check_outs([out], checkpoint, force)
     read = checkpoints.read(checkpoint, key)
-    net = in_mode(named.model(model), False)
-    checkpoints.fit(net, read)
+    made = in_mode(named.model(model), False)
+    checkpoints.fit(made, read)
+    net, prefix = _unwrapped(made)
     given = _example(net, example, data)
     folded = fold(net, given)
     if not folded.folded:
@@ -61,10 +62,35 @@ def run(
             if content is not None:
                 partial.write_bytes(content)
             elif checkpoints.is_safetensors(out):
-                safetensors.torch.save_model(folded.model, str(partial), metadata=dict(read.metadata or {}) or None)
+                whole, metadata = _wrapped(folded.model, prefix), dict(read.metadata or {}) or None
+                safetensors.torch.save_model(whole, str(partial), metadata=metadata)
             else:
-                checkpoints.save(folded.model.state_dict(), partial)
+                checkpoints.save(_wrapped(folded.model, prefix).state_dict(), partial)
     return folded
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model within what makes it parallel or compiles it, and what the names of a folded one begin with.
+
+    What `batchnorm.fold` makes of a parallel model is parallel, too; a compiled one is folded before it is compiled.
+    """
+    prefix = ""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model, prefix = model.module, f"{prefix}module."
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model, prefix
+
+
+def _wrapped(model: nn.Module, prefix: str) -> nn.Module:
+    """A module whose weights have the model's names behind a prefix."""
+    for name in prefix.split(".")[:-1]:
+        around = nn.Module()
+        around.add_module(name, model)
+        model = around
+    return model
 
 
 def _reasons(folded: Folded) -> str:
@@ -86,13 +112,12 @@ def _program(model: nn.Module, given: Any) -> bytes:
     """Export a model; the first dimension of every tensor may be of any size, if the model allows it."""
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-    sizes = tree_map(_any_batch, kwargs or args)
+    sizes: Any = torch.export.ShapesCollection()
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.dim():
+            sizes[tensor] = {0: torch.export.Dim.AUTO}
     with torch.no_grad():
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=sizes)
     written = io.BytesIO()
     torch.export.save(exported, written)
     return written.getvalue()
-
-
-def _any_batch(value: Any) -> Any:
-    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None

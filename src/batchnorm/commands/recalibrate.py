@@ -49,14 +49,14 @@ def run(
         raise ValueError(f"{out} would have another format than {checkpoint}: the new checkpoint keeps the old one's")
     read = checkpoints.read(checkpoint, key)
     net = named.model(model)
-    checkpoints.fit(net, read)
+    names = checkpoints.fit(net, read)
     measure: Callable[[nn.Module], float] | None = None if metric is None else named.function(metric)
     before = {id(b): b.clone() for b in net.buffers()}
     report = recalibrate(net, named.data(data), metric=measure, **options)
     changed = {
-        name: value
+        names[name]: value
         for name, value in net.state_dict(keep_vars=True).items()
-        if name in read.state and id(value) in before and not value.allclose(before[id(value)], 0, 0, equal_nan=True)
+        if name in names and id(value) in before and not value.allclose(before[id(value)], 0, 0, equal_nan=True)
     }
     if not dry_run:
         with ExitStack() as files:  # all whole before the first takes its place

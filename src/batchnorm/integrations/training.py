@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from batchnorm.surgery.batches import Forward
 from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
 from batchnorm.surgery.recalibration.sites import Site, sites_of
+from batchnorm.surgery.restoring import completely
 
 __all__ = ["Batches", "Recalibration", "undisturbed"]
 
@@ -89,9 +90,14 @@ class Recalibration:
         with torch.inference_mode(False):
             sites, _ = sites_of(model, self._layers)
             before = [_Values(site) for site in sites]
-            self.run(model, data, forward)
-            if not self._keep:
-                self._lent = [(old, _Values(old.site)) for old in before]
+            try:
+                self.run(model, data, forward)
+                if not self._keep:
+                    self._lent = [(old, _Values(old.site)) for old in before]
+            except BaseException:  # nobody would know what to put back
+                for old in before:
+                    completely(old.restore)
+                raise
 
     def put_back(self) -> None:
         """Put the statistics of training back, layer by layer where nobody else has put other ones there.
@@ -99,6 +105,9 @@ class Recalibration:
         What averages weights may swap two models' values, statistics among them, between an evaluation's start and its
         end: then those of training are back already, and the recalibrated ones are where they belong, in the average.
         """
+        completely(self._put_back)
+
+    def _put_back(self) -> None:
         for before, written in self._lent:
             if written.still_there():
                 before.restore()

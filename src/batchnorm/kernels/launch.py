@@ -39,12 +39,21 @@ _LAST = 8  # the one that follows the loop's own
 
 _forked = False
 _compiling = threading.RLock()
-_held: list[list[Any]] = []  # locks, of each fork that is going on
+
+
+class _Forking(threading.local):
+    """The locks that a thread holds while it forks; a signal handler may fork while another fork begins."""
+
+    def __init__(self) -> None:
+        self.held: list[list[Any]] = []
+
+
+_forking = _Forking()
 
 
 def _before_fork() -> None:
     locks: list[Any] = []
-    _held.append(locks)
+    _forking.held.append(locks)
     for find in (lambda: _compiling, _numbas_lock, _llvms_lock):  # in the order in which a compilation takes them
         lock = find()
         if lock is not None:
@@ -64,7 +73,7 @@ def _llvms_lock() -> Any:
 
 
 def _after_fork() -> None:
-    for lock in reversed(_held.pop()):
+    for lock in reversed(_forking.held.pop()):
         lock.release()
 
 

@@ -7,6 +7,7 @@ kept beside what is saved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ def fused_cpu(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         y: Tensor = _fused_apply(x, plan, weight, bias, residual, running, eps, activation, inplace, given, sets)
         return y
+    if inplace and not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # whoever has saved it finds out
     fused = cpu.Fused(activation, residual, None, inplace)
     return _forward(x, plan, weight, bias, running, eps, fused, given, sets)[0]
 
@@ -247,7 +250,7 @@ def _by_operations(
     for name, t, want, like in zip(names, saved[:4], wanted, likes, strict=True):
         if t is not None:
             gate.check(name, t, *like)
-            inputs.append(t if once_more else t.detach().requires_grad_(want))
+            inputs.append(t)
         elif want or name == "input":  # y is affine in it: whatever it is, the gradient is the same
             inputs.append(torch.zeros(like[1], dtype=like[0], device="cpu", requires_grad=want))
         else:
@@ -299,3 +302,30 @@ def _slopes(
         ).residual
     assert found is not None
     return found
+
+
+# --- what plain PyTorch computes, laid out like what the loops and torch's own operators give ---
+
+
+def formatted(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``compute(x)``, it and the gradient of x in the memory format that torch would give them."""
+    if not torch.compiler.is_compiling() and not gate.alone():
+        return compute(x)  # a transform's tensors say nothing of memory
+    wanted = plans.memory_format(x)
+    watched = x.requires_grad and not torch.compiler.is_compiling()
+    y = compute(_Formatted.apply(x, wanted) if watched else x)
+    promised = torch.empty_like(y, memory_format=wanted)
+    return y if y.stride() == promised.stride() else promised.copy_(y)
+
+
+class _Formatted(torch.autograd.Function):
+    """The identity, with a gradient in a memory format."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wanted: torch.memory_format) -> Tensor:
+        ctx.format = wanted
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad.contiguous(memory_format=ctx.format) if gate.alone() else grad), None

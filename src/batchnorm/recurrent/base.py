@@ -138,6 +138,13 @@ class Recurrent(nn.Module):
                 self._buffers[name] = (new if old.is_meta else old).to(device=new.device, dtype=torch.float32)
         return self
 
+    def _load_from_state_dict(self, *given: Any) -> None:
+        """Load as torch does; of a checkpoint in half precision, assign=True takes nothing but the parameters so."""
+        super()._load_from_state_dict(*given)
+        for name, t in self._buffers.items():
+            if t is not None and t.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = t.long() if name.startswith("num_batches") else t.float()
+
     # --- input and output, as torch.nn has them ---
 
     def _run(self, input: Sequence, hx: State | None) -> tuple[Sequence, State]:

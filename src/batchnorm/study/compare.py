@@ -1,9 +1,11 @@
 """The comparison: every arm over every rate and seed, then each at its best rate on fresh seeds."""
 
+import os
 import platform
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -85,11 +87,14 @@ def in_parallel(calls: Sequence[Any], processes: int) -> Iterator[Any]:
     A terminal sends Ctrl-C to all processes. Those that work do not hear it, since this one ends them: they would each
     show a traceback of what they were importing.
     """
-    masked = hasattr(signal, "pthread_sigmask")  # which the processes that are started inherit
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
+    parallel = Parallel(n_jobs=min(processes, len(calls)), return_as="generator")
+    if parallel.n_jobs == 1 or os.name != "posix":
+        yield from parallel(calls)
+        return
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as the processes that are started inherit it
     try:
-        results = Parallel(n_jobs=min(processes, len(calls)), return_as="generator")(calls)
+        results = parallel(calls)
     finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield from results

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation
-from batchnorm.layers import OWN, _widen
+from batchnorm.any_rank import SyncBatchNorm
+from batchnorm.layers import OWN, widen_statistics
 from batchnorm.surgery.elementwise import activation_in
 from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_frozen
 from batchnorm.surgery.reading import Reading, inputs_for, read
 from batchnorm.surgery.trial import aside, plain_state, twin_of
 
-__all__ = ["adopted_activation", "give_back", "obstacle", "settle", "take_over"]
+__all__ = ["SYNCED", "adopted_activation", "give_back", "obstacle", "settle", "take_over"]
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TOLERANCE = 1e-9
+SYNCED = "SyncBatchNorm: its statistics are over all processes"
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 _tried: dict[Any, str | None] = {}
 
@@ -36,25 +38,24 @@ def obstacle(layer: Any) -> str | None:
         return FROZEN
     if "forward" in vars(layer):
         return "its forward has been replaced"
+    momentum, eps = getattr(layer, "momentum", None), getattr(layer, "eps", 1)
+    if momentum is not None and not 0 <= momentum <= 1:
+        return f"momentum {momentum:g} is not between 0 and 1"
+    if eps <= 0:
+        return f"eps {eps:g} is not above 0"
     kind = type(layer)
-    if kind not in OURS and kind not in TORCHS:
-        reason = _obstacle_to_adopting(layer)
-        if reason is not None:
-            return reason
-    if layer.momentum is not None and not 0 <= layer.momentum <= 1:
-        return f"momentum {layer.momentum:g} is not between 0 and 1"
-    if layer.eps <= 0:
-        return f"eps {layer.eps:g} is not above 0"
-    return None
+    return None if kind in OURS or kind in TORCHS else _obstacle_to_adopting(layer)
 
 
 def take_over(layer: nn.Module) -> None:
-    """Make a layer ours that has no obstacle to it."""
+    """Make a layer ours that has no obstacle to it, or none but to be synchronized."""
     if type(layer) in OURS:
         layer.__class__ = OURS[type(layer)]
+    elif type(layer) is nn.SyncBatchNorm:
+        layer.__class__ = SyncBatchNorm  # type: ignore[assignment]
     elif type(layer) not in TORCHS:
         _adopt(layer, read(layer))
-    _widen(layer)
+    widen_statistics(layer)
 
 
 def give_back(layer: nn.Module) -> None:
@@ -88,7 +89,7 @@ def adopted_activation(layer: nn.Module) -> Activation | None:
 def _obstacle_to_adopting(layer: Any) -> str | None:
     kind = type(layer)
     if kind is nn.SyncBatchNorm:
-        return "SyncBatchNorm: its statistics are over all processes"
+        return SYNCED
     if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return f"{kind.__name__} is not torch.nn's batch normalization"
     reason = _unfit(layer)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.statistics import Policy, check_policy, own
-from batchnorm.surgery.adopt import adopted_activation, give_back, obstacle, take_over
+from batchnorm.statistics import Policy, Sync, check_policy, over_group, own, part
+from batchnorm.surgery.adopt import SYNCED, adopted_activation, give_back, obstacle, take_over
 from batchnorm.surgery.find import FROZEN, TORCHS, is_batch_norm, is_frozen
 from batchnorm.surgery.fusing.rewrite import Absorbed
 from batchnorm.surgery.fusing.undo import undo
@@ -46,7 +46,10 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
     Subclasses of other packages, such as timm's ``BatchNormAct2d``, are read by what their forwards do: normalization,
     and perhaps an activation that is known here. They become subclasses of ours and of their own class, with its
     other methods and attributes; plain Python values that a forward reads are what they were when this function ran.
-    What else a subclass may do, ``SyncBatchNorm`` and layers that are not torch.nn's are left.
+    What else a subclass may do, and layers that are not torch.nn's, are left.
+
+    ``nn.SyncBatchNorm`` is converted where ``statistics`` has ``Sync``, which then takes the layer's process group if
+    it names none; otherwise it is left, since its moments are those of all processes.
 
     Args:
         model: any module; it may be a batch normalization layer itself.
@@ -68,13 +71,16 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
         if not is_batch_norm(module) or (type(module) in TORCHS and statistics is None):
             continue
         reason = None if type(module) in TORCHS else obstacle(module)
+        if reason == SYNCED:
+            reason = None if part(statistics, Sync) else f"{SYNCED}, which convert(model, statistics=Sync()) keeps"
         if reason is not None:
             skipped[name] = reason
             continue
         if type(module) not in TORCHS:
             take_over(module)
         if statistics is not None:
-            module.statistics = own(statistics, name)
+            group = getattr(module, "process_group", None)  # of what was SyncBatchNorm
+            module.statistics = own(over_group(statistics, group), name)
         activation = adopted_activation(module)
         told = (type(module).__name__, activation and f"with {activation.name}", statistics)
         converted[name] = ", ".join(str(each) for each in told if each is not None)

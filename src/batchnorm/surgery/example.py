@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
 from batchnorm.surgery.find import shadow
 
-__all__ = ["Arguments", "Calls", "calls_of", "forward", "in_mode", "seeded"]
+__all__ = ["Arguments", "Calls", "calls_of", "forward", "in_mode", "own", "seeded"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -40,6 +40,16 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def own(inputs: _Inputs) -> _Inputs:
+    """Give the same inputs as tensors, lists and dicts of their own, into which a forward may write."""
+
+    def fresh(value: Any) -> Any:
+        return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    copied: _Inputs = tree_map(fresh, inputs)
+    return copied
 
 
 def in_mode(model: _Module, training: bool) -> _Module:

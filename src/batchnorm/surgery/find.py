@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from batchnorm import layers
+from batchnorm import any_rank, layers
 from batchnorm.surgery.tensors import copied
 
 __all__ = [
@@ -21,6 +21,7 @@ _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyB
 OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, kind): getattr(layers, kind) for kind in _KINDS}
 # Back again; with what `adopt` makes ours of other packages' classes, as it makes them.
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+TORCHS[any_rank.SyncBatchNorm] = nn.SyncBatchNorm  # which is not among OURS: it becomes ours with a Sync policy alone
 
 FROZEN = "it is frozen: call batchnorm.unfreeze(model) before"
 
@@ -34,8 +35,9 @@ def is_batch_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return isinstance(module, nn.modules.batchnorm._BatchNorm)  # rather than instance normalization
     named = "BatchNorm" in type(module).__name__ and not module._modules  # not a block of more than that
-    computes = type(module).forward is not nn.Module.forward  # rather than only hold a graph's tensors
-    return named or (computes and {"running_mean", "running_var"} <= module._buffers.keys())
+    # A scripted module's class has no forward; a module without one only holds a graph's tensors.
+    computes = getattr(type(module), "forward", None) is not nn.Module.forward
+    return named or (computes and all(name in module._buffers for name in ("running_mean", "running_var")))
 
 
 def is_known(kind: type[nn.Module]) -> bool:

@@ -38,12 +38,14 @@ class Reading:
         parts: the names of those of its own submodules that are called behind normalization, in order.
         left: of these, what evaluation applies if it is none of the activations that are known here.
         unfit: why training is not what a layer of ours with that activation does; None if it is.
+        held: whether training, too, normalizes with the running statistics.
     """
 
     activation: Activation | None = None
     parts: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     unfit: str | None = None
+    held: bool = False
 
 
 class _UnreadableError(Exception):
@@ -113,7 +115,7 @@ class _Reader:
         ]
         if missing:
             raise _UnreadableError(f"it has no {' and no '.join(missing)}")
-        self._layer = layer
+        self._layer, self._held = layer, False
         tensors = {n for n, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None}
         if tensors - _STANDARD:
             raise _UnreadableError(f"it has tensors of its own: {', '.join(sorted(tensors - _STANDARD))}")
@@ -125,7 +127,7 @@ class _Reader:
         if len(set(evaluated)) > 1:
             raise _UnreadableError("it does something else for other numbers of dimensions")
         activation, parts, left = evaluated[0]
-        return Reading(activation, parts, left, self._unfit(activation, left))
+        return Reading(activation, parts, left, self._unfit(activation, left), self._held)
 
     def _unfit(self, activation: Activation | None, left: tuple[str, ...]) -> str | None:
         """Why training is not batch normalization with that activation."""
@@ -148,7 +150,10 @@ class _Reader:
             part.training = training
         with torch.set_grad_enabled(training):
             graph = _traced(twin, x)
-        tail = _tail(graph, _where(twin, graph, x, training))
+        end, self._held = _where(twin, graph, x, training)
+        if self._held:
+            raise _UnreadableError("it normalizes with its running statistics, as in evaluation")
+        tail = _tail(graph, end)
         run = fx.Interpreter(twin, graph=tail).run
         parts = tuple(str(node.target) for node in tail.nodes if node.op == "call_module")
         learns = any(True for name in parts for _ in twin.get_submodule(name).parameters())
@@ -258,15 +263,13 @@ class _Search(fx.Interpreter):
         return value
 
 
-def _where(twin: nn.Module, graph: fx.Graph, x: Tensor, training: bool) -> fx.Node:
-    """The node whose value is the normalized input."""
+def _where(twin: Any, graph: fx.Graph, x: Tensor, training: bool) -> tuple[fx.Node, bool]:
+    """The node whose value is the normalized input; whether it is by the running statistics though in training."""
     for batch in (True, False) if training else (False,):
         search = _Search(twin, graph, _normalized(twin, x, batch))
         search.run(x.clone())
         if search.found is not None:
-            if training and not batch and twin.running_mean is not None:
-                raise _UnreadableError("it normalizes with its running statistics, as in evaluation")
-            return search.found
+            return search.found, training and not batch
     raise _UnreadableError("its forward computes something else than batch normalization")
 
 

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, seeded
+from batchnorm.surgery.example import forward, in_mode, own, seeded
 from batchnorm.surgery.find import hooks_of, is_batch_norm, names_of, shadow
 from batchnorm.surgery.line import is_linear_map, is_plain
+from batchnorm.surgery.tensors import tensors_in
 from batchnorm.surgery.watched import read_besides_calls
 
 __all__ = ["Run", "recorded"]
@@ -57,13 +58,13 @@ def recorded(model: nn.Module, inputs: Any, training: bool = False) -> Run:
         training: in which mode to run; in evaluation without gradients.
     """
     twin, original = shadow(model)
-    for mode in dict.fromkeys((True, training)):  # some keep what they computed last until they train again
-        twin.train(mode)
+    in_mode(in_mode(twin, True), training)  # some keep what they computed last until they train again
     recorder = _Recorder(twin)
     with recorder.attached(), read_besides_calls(recorder.parts) as asked, seeded(twin), using("aten"):
         with torch.set_grad_enabled(training), recorder:
-            recorder.begin(inputs)
-            outputs = forward(twin, inputs)
+            given = own(inputs)
+            recorder.begin(given)
+            outputs = forward(twin, given)
         recorder.end(outputs)
     return Run(
         recorder.graph,
@@ -127,7 +128,7 @@ class _Recorder(TorchFunctionMode):
         """Note what the model returned, or keeps as an attribute, for others to read."""
         state = ("_parameters", "_buffers", "_modules")
         kept = [value for m in self._names for name, value in vars(m).items() if name not in state]
-        given = [t for t in (*_tensors(outputs), *_tensors(kept)) if t in self._nodes]
+        given = [t for t in tensors_in([outputs, kept]) if t in self._nodes]
         self.graph.output([self._nodes[t] for t in given])
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,12 +190,3 @@ class _Reader:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Read, and give nothing."""
-
-
-def _tensors(value: Any, deep: int = 3) -> Iterator[Tensor]:
-    """The tensors in trees, and in objects that hold some."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif deep and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
-            yield from _tensors(list(vars(leaf).values()), deep - 1)

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, seeded
+from batchnorm.surgery.example import forward, in_mode, own, seeded
 from batchnorm.surgery.tensors import copied, tensors_in
 
-__all__ = ["Errors", "check", "evaluated", "largest_difference"]
+__all__ = ["Errors", "check", "comparable", "evaluated", "largest_difference"]
 
 _LIMIT = 1e-5  # of a tensor's size; more is not rounding, in float64 and mostly in float32
 _ULPS = 10  # how many times the effect of the last bit of all weights may be rounding
@@ -72,20 +72,30 @@ def _errors(before: nn.Module, after: nn.Module, inputs: Any, wide: bool, nudged
     return Errors(outputs, gradients)
 
 
-def evaluated(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The floating-point outputs of a copy of a model in evaluation, by torch's own operators.
+def evaluated(model: nn.Module, inputs: Any, copy: bool = True) -> list[Tensor]:
+    """The floating-point outputs of a model in evaluation, by torch's own operators.
+
+    Args:
+        model: it is left as it was, unless it need not be copied.
+        inputs: as for ``forward``.
+        copy: False for a model that is used for nothing else.
 
     Raises:
         ValueError: if there is none.
     """
-    twin = copied(model)
+    twin = copied(model) if copy else model
     if not isinstance(twin, fx.GraphModule):
         in_mode(in_mode(twin, True), False)  # some keep what they computed last until they train again
     with seeded(model), using("aten"), torch.no_grad():
-        return _comparable(forward(twin, inputs))
+        return comparable(forward(twin, own(inputs)))
 
 
-def _comparable(result: Any) -> list[Tensor]:
+def comparable(result: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned.
+
+    Raises:
+        ValueError: if there is none.
+    """
     outputs = [t for t in tensors_in(result) if t.is_floating_point()]
     if not outputs:
         raise ValueError(
@@ -112,7 +122,7 @@ def _run(model: nn.Module, inputs: Any, training: bool, wide: bool) -> _Step:
         parameter.grad = None
     with seeded(model), using("aten"):
         _count_once(twin)
-        outputs = _comparable(forward(twin, given))
+        outputs = comparable(forward(twin, given))
         losses = [(y * torch.randn_like(y)).sum() for y in outputs if y.requires_grad]
         if losses:
             torch.stack([loss.double() for loss in losses]).sum().backward()

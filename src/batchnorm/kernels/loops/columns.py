@@ -116,9 +116,9 @@ def column_shifts(x, rows, stride, width, shift, acc):
 
 @loop
 def weighted_column_shifts(x, w, first, rows, stride, width, shift, acc):
-    """The mean of each column's first eight values that count, of rows first..rows; 0 if none counts."""
+    """The mean of each column's first eight values that count, of rows first..rows; 0 if none counts (first < 0)."""
     fill(shift, 0, width, acc(0.0))
-    found, r = 0, first
+    found, r = 0, first if first >= 0 else rows
     while r < rows and found < 8:
         if w[r] > acc(0.0):
             found += 1

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, seeded
-from batchnorm.surgery.find import settle_lazy
+from batchnorm.surgery.example import forward, in_mode, own, seeded
+from batchnorm.surgery.find import settle_lazy, shadow
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.foldable import Borders, layers_of
 from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
@@ -70,9 +70,9 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
     RepVGG, the convolution takes the line over in the middle of its kernel, and 0 is added. An activation or residual
     addition of a layer of ours remains in its place.
 
-    Which modules are next to each other is read from the graphs of all modules that torch.fx can trace, and observed in
-    a run of the example inputs. Without these, a module that cannot be traced hides what it does itself, except for
-    the order in a ``Sequential``.
+    Which modules are next to each other is observed in a run of the example inputs. Without these it is read from the
+    graphs of all modules that torch.fx can trace; one that cannot be traced hides what it does itself, except for the
+    order in a ``Sequential``, and linear layers are left whose outputs might have more dimensions than two.
 
     Args:
         model: it is left as it was. Also a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
@@ -84,7 +84,7 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
         which layers were folded and which were left, with the reasons.
 
     Raises:
-        RuntimeError: if the folded model computes something else in float64 (by more than 1e-9 of the output's size).
+        RuntimeError: if the model gives other outputs in each run, so that nothing can be verified.
         ValueError: if a lazy layer has seen no input, or the example gives no output to compare.
         TypeError: if the model is none, or was scripted or compiled.
 
@@ -123,11 +123,11 @@ def _seen(model: nn.Module, inputs: Any) -> tuple[Any, Observed | Traced, Border
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:
     with seeded(model), torch.no_grad(), using("aten"):
-        return forward(copy.deepcopy(model), inputs)
+        return forward(copy.deepcopy(model), own(inputs))
 
 
 def _taken(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    made = copy.deepcopy(model)
+    made, _ = shadow(model)  # steps put new parameters into modules, and write into none
     take(made, steps)
     return made
 

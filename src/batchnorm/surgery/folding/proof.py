@@ -8,9 +8,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.verify import evaluated, largest_difference
+from batchnorm.surgery.find import shadow
+from batchnorm.surgery.verify import comparable, evaluated, largest_difference
 
 __all__ = ["Proof"]
 
@@ -45,15 +46,13 @@ class Proof(Generic[Step]):
         self.error = 0.0
         self.error_float64: float | None = None
         self._model, self._inputs, self._folded = model, inputs, folded
-        self._right = [y for y in tree_leaves(outputs) if isinstance(y, Tensor) and y.is_floating_point()]
-        if not self._right:
-            raise ValueError("the model returned no floating-point tensor that could be compared")
+        self._right = comparable(outputs)
         self._limit = max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())])
         self._wide: nn.Module | None = None
         try:
             wide = copy.deepcopy(model).double()
             self._wide_inputs = tree_map(_doubled, inputs)
-            self._wide_right = evaluated(wide, self._wide_inputs)
+            self._wide_right = evaluated(shadow(wide)[0], self._wide_inputs, copy=False)
         except Exception:  # a dtype is written into the model, in whatever way
             return
         self._wide, self._limit = wide, 1e-9
@@ -73,7 +72,9 @@ class Proof(Generic[Step]):
 
     def _measured(self, steps: list[Step]) -> list[Step]:
         if self._wide is not None:
-            self.error = largest_difference(evaluated(self._folded(self._model, steps), self._inputs), self._right)
+            self.error = largest_difference(
+                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
+            )
         return steps
 
     def _halved(self, kept: list[Step], steps: list[Step]) -> list[Step]:
@@ -101,10 +102,14 @@ class Proof(Generic[Step]):
 
     def _difference(self, steps: Sequence[Step]) -> float:
         if self._wide is None:
-            found = largest_difference(evaluated(self._folded(self._model, steps), self._inputs), self._right)
+            found = largest_difference(
+                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
+            )
             self.error = found if found <= self._limit else self.error
         else:
-            found = largest_difference(evaluated(self._folded(self._wide, steps), self._wide_inputs), self._wide_right)
+            found = largest_difference(
+                evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False), self._wide_right
+            )
             self.error_float64 = found if found <= self._limit else self.error_float64
         return found
 

@@ -17,6 +17,8 @@ from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.recurrent.steps import Norm
+from batchnorm.surgery.find import is_known
+from batchnorm.surgery.reading import following, read
 from batchnorm.surgery.recalibration.clusters import Clusters
 from batchnorm.surgery.recalibration.sites import Site, write
 
@@ -188,13 +190,15 @@ def normalize_with_the_batch(layer: Any) -> None:
         layer.dropout = 0.0
     elif isinstance(layer, _Ours):
         layer.statistics = None
-    elif type(layer) is nn.SyncBatchNorm:  # has no training on CPUs, and waits for the other processes elsewhere
+    elif isinstance(layer, nn.SyncBatchNorm) and (is_known(type(layer)) or not isinstance(read(layer), str)):
+        behind = following(layer)  # it has no training on CPUs, and waits for the other processes elsewhere
 
         def forward(input: Tensor) -> Tensor:
             if input.dim() < 2:
                 raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
             buffers = (None, None) if layer.training else (layer.running_mean, layer.running_var)
-            return F.batch_norm(input, *buffers, layer.weight, layer.bias, layer.training, 0.0, layer.eps)
+            y = F.batch_norm(input, *buffers, layer.weight, layer.bias, layer.training, 0.0, layer.eps)
+            return y if behind is None else behind(y)
 
         vars(layer)["forward"] = forward
 

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import Renorm, part
-from batchnorm.surgery.find import is_batch_norm, is_frozen
+from batchnorm.surgery.find import is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.reading import read
 from batchnorm.surgery.recalibration.clusters import Clusters
 from batchnorm.surgery.report import listed
 
@@ -105,8 +106,7 @@ def _obstacle(layer: Any, model: nn.Module) -> str | None:
     if is_frozen(layer):
         return "it is frozen: batchnorm.unfreeze(model) before, to change it"
     recurrent = isinstance(layer, Recurrent)
-    known = recurrent or isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    if not known and ("Frozen" in type(layer).__name__ or not hasattr(layer, "momentum")):  # torchvision has such ones
+    if not recurrent and not is_known(type(layer)) and _never_moves(layer):
         return f"{type(layer).__name__} never moves its statistics"
     buffers = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
     if not recurrent and not all(isinstance(t, Tensor) for t in buffers):
@@ -119,6 +119,14 @@ def _obstacle(layer: Any, model: nn.Module) -> str | None:
     if model.training and not layer.training:
         return "it is held in evaluation while the model trains: call model.eval() before, to change it"
     return None
+
+
+def _never_moves(layer: nn.Module) -> bool:
+    """Whether another package's layer holds its statistics: by what it computes, or else by what it has."""
+    found = read(layer)
+    if not isinstance(found, str):
+        return found.held
+    return not isinstance(layer, nn.modules.batchnorm._BatchNorm) and not hasattr(layer, "momentum")
 
 
 def _sites(name: str, layer: Any) -> list[Site]:

@@ -1,0 +1,199 @@
+"""What happens beside a compilation: signal handlers and forked children that need kernels, errors, no more threads.
+
+Everything waits for events. What hangs is ended by a limit that no busy machine reaches.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from batchnorm.kernels import compile as compilation
+from batchnorm.kernels import launch
+
+LIMIT = 900  # seconds
+
+BEGIN = f"""
+import faulthandler, os, signal, sys, threading
+faulthandler.dump_traceback_later({LIMIT}, exit=True)
+import torch, batchnorm
+from batchnorm.kernels import compile as compilation, launch
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
+
+def is_right(*shape):
+    x = torch.randn(shape)
+    with torch.no_grad():
+        y = batchnorm.functional.batch_norm(x, None, None, training=True)
+    assert batchnorm.kernels.ran().forward == "cpu"
+    right = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    return torch.allclose(y.double(), right, rtol=1e-5, atol=1e-5)
+
+PLANES, SMALL = (5, 9, 12, 15), (5, 9, 4, 4)  # two kernels
+"""
+
+SIGNALS = """
+handled, inside = [], threading.Event()
+compile = CFunc.compile
+
+def handler(number, frame):  # evaluates, as a user's "save on SIGUSR1" may do
+    inside.set()
+    handled.append(is_right(*PLANES) and is_right(*SMALL))
+
+def compile_and_be_interrupted(self):
+    if not handled and not inside.is_set():
+        with global_compiler_lock:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            inside.wait()  # until the handler has begun, while this kernel is half compiled
+    compile(self)
+
+signal.signal(signal.SIGUSR1, handler)
+CFunc.compile = compile_and_be_interrupted
+assert is_right(*PLANES)
+assert handled == [True]
+"""
+
+INTERRUPTION = """
+calls, go = [], threading.Event()
+compiled = compilation.compiled
+
+def compile_and_be_stopped(*key):
+    calls.append(key)
+    os.kill(os.getpid(), signal.SIGINT)
+    go.wait()  # until the caller has been interrupted
+    return compiled(*key)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+compilation.compiled = compile_and_be_stopped
+try:
+    is_right(*PLANES)
+except KeyboardInterrupt:
+    calls.append("interrupted")
+go.set()
+compilation.compiled = compiled
+assert is_right(*PLANES)
+assert [call for call in calls[1:]] == ["interrupted"]  # what was being compiled has been used
+"""
+
+FORK = """
+entered, go = threading.Event(), threading.Event()
+compile = CFunc.compile
+
+def hold(self=None):
+    with global_compiler_lock:
+        entered.set()
+        go.wait()  # until the fork has begun
+        if self is not None:
+            compile(self)
+
+if sys.argv[1] == "ours":
+    CFunc.compile = hold
+    other = threading.Thread(target=is_right, args=PLANES)
+else:  # somebody else's compilation
+    other = threading.Thread(target=hold)
+os.register_at_fork(before=go.set)  # of several, the last to be registered is the first to be called
+other.start()
+entered.wait()
+pid = os.fork()
+CFunc.compile = compile
+if pid == 0:
+    try:
+        torch.set_num_threads(1)  # the oracle's own threads did not survive the fork
+        os._exit(0 if is_right(*PLANES) and is_right(*SMALL) else 1)
+    except BaseException:
+        faulthandler.dump_traceback()
+        os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+other.join()
+assert is_right(*PLANES) and is_right(*SMALL)
+
+def fork_often():
+    for _ in range(20):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(len(launch._forking.held))
+        assert os.waitpid(pid, 0)[1] == 0
+
+threads = [threading.Thread(target=fork_often) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+taken = []
+thread = threading.Thread(target=lambda: taken.append([find().acquire(blocking=False) for find in (
+    lambda: launch._compiling, launch._numbas_lock, launch._llvms_lock)]))
+thread.start()
+thread.join()
+assert taken == [[True, True, True]], taken  # nobody holds any of them
+"""
+
+
+def run(program: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", BEGIN + program, *arguments],
+        capture_output=True, text=True, check=False, timeout=LIMIT + 60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_a_signal_handler_runs_a_layer_while_its_kernel_is_being_compiled() -> None:
+    run(SIGNALS)
+
+
+def test_an_interrupted_call_leaves_a_compilation_that_the_next_call_uses() -> None:
+    run(INTERRUPTION)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("whose", ["ours", "another"])
+def test_a_child_that_is_forked_while_another_thread_compiles_runs_a_layer(whose: str) -> None:
+    run(FORK, whose)
+
+
+class Compiled:
+    address = 0
+
+
+def test_an_error_of_the_compiler_reaches_the_caller_and_is_not_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def fail(*key: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        raise NotImplementedError(f"no code for {key}")
+
+    kernel = launch.Kernel("planes_forward", torch.float32, launch.PLAIN)
+    monkeypatch.setattr(compilation, "compiled", fail)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="no code for"):
+            kernel(b"", 1, 1)
+    assert threads == ["batchnorm-compile"] * 2
+    monkeypatch.setattr(compilation, "compiled", lambda *key: Compiled)
+    kernel._compile()
+    assert kernel._function is Compiled
+
+
+def test_where_no_thread_can_be_started_the_caller_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    kernel = launch.Kernel("planes_forward", torch.float32, launch.PLAIN)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(compilation, "compiled", lambda *key: Compiled)
+    kernel._compile()
+    assert kernel._function is Compiled
+
+
+def test_the_locks_that_a_fork_waits_for_are_numbas_and_llvms() -> None:
+    """They are found by private names, which another version may change."""
+    from llvmlite.binding import ffi
+    from numba.core.compiler_lock import global_compiler_lock
+
+    assert launch._numbas_lock() is global_compiler_lock._lock
+    assert launch._llvms_lock() is ffi.lib._lock._lock
