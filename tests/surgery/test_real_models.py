@@ -68,8 +68,7 @@ def test_models_with_heads_and_encoders(
     result = batchnorm.fuse(model, {name: torch.randn(shape) for name, shape in shapes.items()})
     assert Counter(result.fused.values()) == counts
     assert len(result.skipped) == left
-    assert all(
-        why.startswith(("followed by", "it is the residual of", "its output is")) for why in result.skipped.values()
-    )
+    for why in result.skipped.values():
+        assert "it is the residual of" in why or not any(name in why for name in ("relu", "gelu", "silu", "sigmoid"))
     assert max(result.max_error, result.max_gradient_error) < 1e-4
     assert batchnorm.revert(result.model).skipped == {}

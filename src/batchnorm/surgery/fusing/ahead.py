@@ -1,7 +1,8 @@
 """An activation computed by the layer before it, where no forward can be changed: what comes next finds it done.
 
 The forward stays as it is written. The layer returns its activated output as an ``Activated``; the function, method or
-product with which the forward activates it then gives that output as it is. Whatever else reads it raises.
+product with which the forward activates it then gives that output as it is. Whatever else reads it raises. What does
+not even ask (C++, an ``autograd.Function``, and so a reentrant checkpoint) finds nan.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Activated(Tensor):
             args, kwargs = tree_map(_plain_if_done, (tuple(args), kwargs))
             marked = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Activated)]
             if not marked or _is_asked(func):
-                return func(*args, **kwargs)
+                return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
             first = marked[0]
             if all(a._value is first._value for a in marked):
                 found = step(func, *tree_map(_formula, (args, kwargs)))
@@ -92,13 +93,17 @@ def _is_asked(function: Any) -> bool:
 
 
 def _marked(y: Tensor, formula: str, by: Ahead) -> Activated:
-    made = y.as_subclass(Activated)
+    made = y.detach().new_full((), float("nan")).expand_as(y).as_subclass(Activated)
     made._value, made._formula, made._by = y, formula, by
     return made
 
 
 def _formula(value: Any) -> Any:
     return value._formula if isinstance(value, Activated) else value
+
+
+def _plain(value: Any) -> Any:
+    return value._value if isinstance(value, Activated) else value
 
 
 def _plain_if_done(value: Any) -> Any:
