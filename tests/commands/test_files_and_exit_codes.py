@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import stat
 import subprocess
@@ -225,6 +224,8 @@ def test_of_several_files_none_takes_its_place_before_all_are_whole(here: Path) 
 
 def small_files() -> None:
     """Let no file be larger than this: what a full disk does, as an error of another number."""
+    import resource  # which POSIX has
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
