@@ -65,9 +65,7 @@ def changed(case: Case, subject: Any, x: Tensor, y: Tensor, residual: Tensor | N
             t = getattr(subject, what)
             if t is not None:
                 old = t.data.resolve_neg()
-                t.data = {"double": old.double(), "half": old.half(), "short": torch.ones(1), "strided": _gaps(old)}[
-                    how
-                ]
+                t.data = {"double": old.double(), "half": old.half(), "short": old[1:], "strided": _gaps(old)}[how]
 
 
 def refused_by_torch(case: Case, error: Exception) -> bool:

@@ -12,7 +12,7 @@ from torch.func import hessian, jacrev, jvp, vjp, vmap
 
 from . import oracle
 from .cases import Case
-from .subject import torchs
+from .subject import NARROW, torchs
 
 _RELATIVE = {torch.float32: 3e-4, torch.float64: 1e-9, torch.bfloat16: 0.08, torch.float16: 0.02}
 _SECOND = ("double", "hessian", "dual_grad")
@@ -41,8 +41,9 @@ def transformed(case: Case, subject: Any) -> list[str]:
         found = _apply(case.transform, ours, args, extra, vector)
     except Exception as error:
         theirs = torchs(case, subject.running)  # without mask and policy, which torch has not
-        try:
-            _apply(case.transform, lambda *a: theirs(*a, None), args, extra, vector)
+        wide = [args[0], *(t if t is None or subject.dtype not in NARROW else t.float() for t in args[1:])]
+        try:  # half precision beside float32 parameters, which is how ours calls torch's kernels
+            _apply(case.transform, lambda *a: theirs(*a, None), wide, extra, vector)
         except type(error):
             return []
         raise
