@@ -128,3 +128,34 @@ def test_a_layer_as_a_function_of_its_parameters(training: bool) -> None:
         assert all(layer.get_parameter(name) is p for name, p in own.items())
         results.append((y, slope))
     torch.testing.assert_close(results[0], results[1])
+
+
+# A residual may be computed from x itself, as in a block whose shortcut begins at its normalization.
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("way", ["batched", "twice"])
+def test_a_residual_that_depends_on_the_input(activation: str | None, training: bool, way: str) -> None:
+    acts = {None: lambda z: z, "relu": torch.relu, "silu": F.silu}
+    statistics = None if training else torch.zeros(3).double(), None if training else torch.ones(3).double()
+
+    def found(ours: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        a, w = torch.randn(4, 3, 5, 5).double().requires_grad_(), torch.rand(3).double().requires_grad_()
+        x = a * 1.5
+        residual = (x * x).sin()
+        if ours:
+            y = batch_norm(x, *statistics, w, None, training, activation=activation, residual=residual)
+        else:
+            y = acts[activation](F.batch_norm(x, *statistics, w, None, training) + residual)
+        directions = torch.randn(2, *y.shape).double()
+        if way == "batched":
+            return torch.autograd.grad(y, (a, w), directions, is_grads_batched=True)
+        first = torch.autograd.grad(y, (a, w), directions[0], create_graph=True)
+        return (*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (a, w)))
+
+    with kernels.using("cpu"):
+        ours = found(True)
+    for one, right in zip(ours, found(False), strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-10, atol=1e-10)

@@ -250,7 +250,7 @@ def _by_operations(
     for name, t, want, like in zip(names, saved[:4], wanted, likes, strict=True):
         if t is not None:
             gate.check(name, t, *like)
-            inputs.append(t)
+            inputs.append(_alias(t, want))
         elif want or name == "input":  # y is affine in it: whatever it is, the gradient is the same
             inputs.append(torch.zeros(like[1], dtype=like[0], device="cpu", requires_grad=want))
         else:
@@ -268,6 +268,14 @@ def _by_operations(
         chosen = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
         found = iter(torch.autograd.grad(y, chosen, dy, create_graph=once_more, materialize_grads=True))
     return tuple(next(found) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True))
+
+
+def _alias(t: Tensor, want: bool) -> Tensor:
+    """A saved tensor as the beginning of a graph of its own: a residual may depend on x, whose path it is not."""
+    with torch.enable_grad():
+        if t.requires_grad:
+            return t.view_as(t)
+        return t.detach().requires_grad_() if want else t
 
 
 def _reference(
