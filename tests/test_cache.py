@@ -139,6 +139,20 @@ def test_a_small_disk(small_disk: Path) -> None:
     assert not list(small_disk.rglob("*.nbc*"))
 
 
+@pytest.fixture
+def nothing_beside_the_tests() -> Iterator[None]:
+    """Numba's second choice is the folder of the function's own file, where an earlier run may have left something."""
+
+    def clean() -> None:
+        for path in (Path(__file__).parent / "__pycache__").glob("test_cache.*.nb?"):
+            path.unlink()
+
+    clean()
+    yield
+    clean()
+
+
+@pytest.mark.usefixtures("nothing_beside_the_tests")
 @pytest.mark.parametrize("what", ["folder", "files"])
 def test_files_that_may_not_be_read(tmp_path: Path, what: str) -> None:
     program = f"""

@@ -226,7 +226,7 @@ def test_not_a_number_and_infinity_pass_as_their_limits() -> None:
         below = {"leaky_relu": -math.inf, "elu": -activation_of(name).parameter}.get(name, 0.0)
         assert y[0].isnan(), name
         assert y[1] == (6.0 if name == "relu6" else math.inf), name
-        if name in ("silu", "gelu", "gelu_tanh"):  # -inf times what is 0, or nearly: no two kernels agree
+        if name in ("silu", "gelu", "gelu_tanh", "hardswish"):  # -inf times what is 0, or nearly: no two kernels agree
             assert y[2] == 0 or not y[2].isfinite(), name
         else:
             assert y[2] == below, name

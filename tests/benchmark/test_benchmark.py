@@ -83,7 +83,9 @@ def test_another_file_is_refused():
 def test_what_the_gate_lets_through_has_small_errors_and_saves_two_vectors():
     found = check.check(TINY)
     assert found.problems == ()
-    assert found.saved[peers.OURS] == Saved(input=8 * 16 * 36 * 4, layer=2 * 16 * 4, extra=2 * 16 * 8)
+    assert found.saved[peers.OURS] == Saved(
+        input=8 * 16 * 36 * 4, layer=16 * 4, extra=2 * 16 * 8
+    )  # the weight; the moments
     assert {"y", "dx", "dweight", "dbias", "running_mean", "running_var", "evaluation"} < set(found.errors)
     assert any("1e4" in name for name in found.errors)
 

@@ -45,7 +45,8 @@ def run(case: Case) -> list[str]:
 @contextmanager
 def _settings(case: Case) -> Iterator[None]:
     before = torch.get_num_threads()
-    if "Sync" in case.policy and not dist.is_initialized():
+    alone = "Sync" in case.policy and not dist.is_initialized()
+    if alone:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(case.threads)
     try:
@@ -53,6 +54,8 @@ def _settings(case: Case) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+        if alone:  # other tests of this process look whether there is a group
+            dist.destroy_process_group()
 
 
 @contextmanager

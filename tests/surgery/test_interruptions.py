@@ -146,6 +146,11 @@ def test_an_adapted_model_is_taken_back_whole_or_stays_whole(way: str, act: Call
             assert before.unchanged() or (function in unprotected and after.unchanged()), (function, k)
 
 
+def same_values(model: nn.Module, other: nn.Module) -> bool:
+    values = model.state_dict()
+    return all(torch.equal(t, values[name]) for name, t in other.state_dict().items())
+
+
 class Alarms:
     """Alarms after random times, whose handler raises TimeoutError wherever the program is."""
 
@@ -177,10 +182,13 @@ def alarms() -> Iterator[Alarms]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python ends alarms in gc's callbacks
 @pytest.mark.parametrize("name", ["preserved", "recalibrate", "adapt", "frozen_statistics"])
 def test_alarms_at_random_times(name: str, alarms: Alarms) -> None:
+    """The model is what it was; or, where the alarm came after the call's last line, what the call makes of it."""
     call = CALLS[name]
-    call(network())
+    done = network()
+    call(done)
     begun = time.perf_counter()
     call(network())
     longest = 1.5 * (time.perf_counter() - begun)
@@ -190,7 +198,7 @@ def test_alarms_at_random_times(name: str, alarms: Alarms) -> None:
         before = Snapshot(model)
         if alarms.within(longest, partial(call, model)):
             interrupted += 1
-            assert before.unchanged()
+            assert before.unchanged() or same_values(model, done)
     assert interrupted > 30
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from batchnorm.benchmark.grid import Cell
 from batchnorm.benchmark.peers import OURS, TORCH, call, inputs, module
 from batchnorm.benchmark.results import Memory, Saved
 from batchnorm.benchmark.timing import Call
+from batchnorm.kernels.cpu import Sets
 
 TORCH_INPLACE = "torch.nn, ReLU in place"
 ALONE, CHAINED, LEAKY = "BN → ReLU", "(conv → BN → ReLU) × 4", "(conv → BN → LeakyReLU) × 4, ours in place"
@@ -32,6 +33,8 @@ def saved(built: nn.Module, *arguments: Tensor) -> Saved:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         _y = built.train()(*arguments)  # named, so that no storage is freed and its address counted as another's
+    for t in _beside(_y):
+        pack(t)
     own = {t.untyped_storage().data_ptr() for t in (*built.parameters(), *built.buffers())}
     given = {t.untyped_storage().data_ptr() for t in arguments}
     return Saved(
@@ -39,6 +42,19 @@ def saved(built: nn.Module, *arguments: Tensor) -> Saved:
         layer=sum(size for address, size in kept.items() if address in own),
         extra=sum(size for address, size in kept.items() if address not in own | given),
     )
+
+
+def _beside(y: Tensor) -> Iterator[Tensor]:
+    """What our functions keep for themselves, which hooks on saved tensors are not shown: moments, and a set's."""
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for part in getattr(node, "rest", ()):
+            yield from (t for t in (part if isinstance(part, Sets) else (part,)) if isinstance(t, Tensor))
 
 
 def kept() -> tuple[Memory, ...]:
