@@ -131,6 +131,22 @@ def test_compiled_and_exported(make: Callable[[], nn.Module], training: bool) ->
         assert_close(made(image()), expected)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_layer_that_goes_while_its_model_is_compiled(training: bool) -> None:
+    model = fused().train(training)
+    layers = [m for m in model.modules() if isinstance(m, WithEpilogue)]
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    expected = right(image(), training)
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        layers.clear()
+        gc.collect()
+        return graph.forward
+
+    assert_close(torch.compile(model, fullgraph=True, backend=backend)(image()), expected)
+    assert layers == []
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torchscript_gets_the_activation_once() -> None:
     for make in (lambda: fused().stem, lambda: synchronized().stem):  # type: ignore[union-attr]

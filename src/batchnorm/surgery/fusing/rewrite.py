@@ -52,22 +52,22 @@ class Absorbed(nn.Identity):
 
     def is_spared(self) -> bool:
         """Whether the layer still applies the activation."""
-        owner, place = self._owner(), None
-        if owner is None:  # the model was taken apart: who uses the layer keeps it alive
-            return self._layer() is not None
-        place = owner
-        for key in self._path:
-            place = place._modules.get(key)
-            if place is None:
-                break
+        owner = self._owner()
+        place = None if owner is None else _at(owner, self._path)
         if isinstance(place, WithEpilogue):
             return place.activation == self.activation
-        return self._is_elsewhere(owner) or (place is not None and applies(place, self.activation))
+        return self._is_elsewhere() or (place is not None and applies(place, self.activation))
 
-    def _is_elsewhere(self, owner: nn.Module) -> bool:
+    def _is_elsewhere(self) -> bool:
         """Whether the layer is in the model under another name, such as that of a wrapper around it."""
-        layer = self._layer()
-        return layer is not None and applies(layer, self.activation) and any(m is layer for m in owner.modules())
+        owner, layer = self._owner(), self._layer()
+        if layer is None or owner is None:  # the model was taken apart: who uses the layer keeps it alive
+            return layer is not None
+        return applies(layer, self.activation) and any(m is layer for m in owner.modules())
+
+    # A compiler would guard the layer, which may be gone when the guards are written. This mark is all that
+    # torch.compiler.assume_constant_result sets; that imports torch._dynamo, for seconds.
+    _is_elsewhere._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         """Say what it stands for."""
@@ -95,6 +95,13 @@ class Absorbed(nn.Identity):
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+
+def _at(owner: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    place: nn.Module | None = owner
+    for key in path:
+        place = None if place is None else place._modules.get(key)
+    return place
 
 
 def _reference(module: nn.Module | None) -> Any:
