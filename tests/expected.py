@@ -52,7 +52,7 @@ def values(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def laid(shape: tuple[int, ...], seed: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
     """Those values in a dtype and a layout."""
-    return LAYOUTS[layout](values(shape, seed).to(dtype))
+    return LAYOUTS[layout](values(shape, seed).to(dtype, copy=True))  # the values are kept for others
 
 
 class Result(NamedTuple):

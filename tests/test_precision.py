@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import batchnorm
 from batchnorm import kernels
 from batchnorm.functional import batch_norm
 from expected import OURS, laid, values
@@ -90,6 +91,71 @@ def test_a_constant_channel_becomes_its_bias(shape: tuple[int, ...], layout: str
     torch.testing.assert_close(layer.running_mean, torch.full((shape[1],), value), rtol=1e-7, atol=0)
     assert (layer.running_var >= 0).all()
     assert layer.running_var.max() <= (1e-7 * value) ** 2
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("how", ["cpu", "reference", "masked", "ghost"])
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e8 + 0.1])
+def test_in_float64_a_constant_channel_is_its_bias_to_the_last_bit(
+    shape: tuple[int, ...], layout: str, how: str, value: float
+) -> None:
+    x = torch.full_like(laid(shape, 0, torch.float64, layout), value).requires_grad_()
+    mask = torch.arange(shape[0] * x[0, 0].numel()).reshape(shape[0], *shape[2:]) % 3 > 0 if how == "masked" else None
+    layer = layer_for(
+        x, momentum=1.0, dtype=torch.float64, statistics=batchnorm.Ghost(shape[0] - 2) if how == "ghost" else None
+    )
+    kernel: kernels.Kernel = "reference" if how == "reference" else "cpu"
+    with kernels.using(kernel):
+        y = layer(x, mask=mask)
+    assert kernels.ran().forward == kernel
+    y.backward(laid(shape, 1, torch.float64, layout))
+    assert y.count_nonzero() == layer.weight.grad.count_nonzero() == 0
+    assert (layer.running_var.abs() <= (2**-60 * value) ** 2).all()
+    assert (layer.running_mean == value).all()
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("ratio", [10**6, 10**9])
+def test_in_float64_a_large_mean_costs_the_digits_of_its_own_rounding(
+    shape: tuple[int, ...], layout: str, kernel: kernels.Kernel, ratio: int
+) -> None:
+    """A mean that is rounded to float64 moves y by half an ulp of the mean, in deviations; so does none better."""
+    whole = torch.randint(-(2**20), 2**20, shape, generator=torch.Generator().manual_seed(3))
+    x = laid(shape, 0, torch.float64, layout).copy_(whole.double() * 2**-20 + ratio)
+    count = whole.numel() // shape[1]
+    deviations = whole.double() * 2**-20 - (whole.sum(dims(x)).double() / count * 2**-20).view(
+        -1, *(1,) * (len(shape) - 2)
+    )
+    var = deviations.square().mean(dims(x))
+    right = deviations / (var.view(-1, *(1,) * (len(shape) - 2)) + 1e-5).sqrt()
+    layer = layer_for(x, momentum=1.0, dtype=torch.float64)
+    with kernels.using(kernel):
+        y = layer(x)
+    assert kernels.ran().forward == kernel
+    torch.testing.assert_close(layer.running_var, var * count / (count - 1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(y, right, rtol=1e-13, atol=2.0 * ratio * 2**-53 / var.min().sqrt().item())
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1e-14, 1e-20])
+def test_gradients_where_the_variance_is_next_to_nothing(
+    shape: tuple[int, ...], layout: str, masked: bool, scale: float
+) -> None:
+    x = laid(shape, 0, torch.float32, layout).copy_(values(shape, 0) * scale)
+    dy = laid(shape, 1, torch.float32, layout)
+    mask = torch.arange(shape[0] * x[0, 0].numel()).reshape(shape[0], *shape[2:]) % 3 > 0 if masked else None
+    found = []
+    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        leaf = x.detach().to(dtype, copy=True).requires_grad_()
+        with kernels.using(kernel):
+            y = batch_norm(leaf, None, None, training=True, eps=1e-40, mask=mask)
+            y.backward(dy.to(dtype))
+        assert kernels.ran().forward == kernel
+        found.append((y.detach().double(), leaf.grad.double()))  # type: ignore[union-attr]
+    for ours, right in zip(*found, strict=True):
+        assert (ours - right).abs().max() <= 4e-6 * right.abs().max()
 
 
 @EVERY_WAY

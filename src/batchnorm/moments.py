@@ -5,9 +5,10 @@ variance taken? ``Moments.of`` describes such sets, commonly one per channel, an
 Merging is associative and commutative, gives the same moments however the values were split, and has the empty set
 as its identity. That is why micro-batches, ranks, groups and whole data sets can all go through it.
 
-All is computed in float64 and in two passes (the mean, then the squared deviations from it), so that no digits are
-lost where the mean is a million times the deviation. No step in Python depends on a tensor's values: all of it can be
-differentiated, mapped with ``torch.func.vmap`` and compiled, and a GPU is never waited for.
+All is computed in float64 and in passes (the mean, what its rounding lost, the squared deviations from it), so that no
+digits are lost where the mean is a million times the deviation, and a constant has no variance at all. No step in
+Python depends on a tensor's values: all of it can be differentiated, mapped with ``torch.func.vmap`` and compiled, and
+a GPU is never waited for.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Moments:
             TypeError: if ``x`` or ``weights`` is not floating, or ``mask`` is not bool.
             ValueError: if ``dim`` is empty, or ``mask`` or ``weights`` does not broadcast to ``x``.
 
-        Source: the two-pass algorithm in Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance".
+        Source: the corrected two-pass algorithm in Chan, Golub, LeVeque 1983, "Algorithms for computing the sample
+        variance".
         """
         if not x.is_floating_point():
             raise TypeError(f"moments are taken of floating-point values, got {x.dtype}; convert with x.float()")
@@ -76,6 +78,8 @@ class Moments:
 
         count = total(x.new_ones(()).expand(x.shape))
         mean = total(x) / _or_one(count)
+        # 0 but for rounding, and so a constant to every gradient. Where the mean is not finite there is none to mend.
+        mean = mean + (total(x - mean) / _or_one(count)).detach().nan_to_num(0.0, 0.0, 0.0)
         m2 = total((x - mean).square())
         return cls(count.squeeze(dims), mean.squeeze(dims), m2.squeeze(dims))
 

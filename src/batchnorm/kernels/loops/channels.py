@@ -100,7 +100,7 @@ def forward_coefficients(a, c, param, acc):
 
 @loop
 def backward_coefficients(a, c, param, acc, s, t):
-    """(A, B, C) so that dx = A·dz + B·(x − mean) + C, and the gradients of weight and bias.
+    """(A, B, C) so that dx = A·(dz + B·(x − mean) + C), and the gradients of weight and bias.
 
     s = Σdz and t = Σdz·(x − mean); Ioffe & Szegedy 2015, section 3, with x̂ written out. A share of 0 says that the
     moments were given, so that x does not move them.
@@ -114,8 +114,8 @@ def backward_coefficients(a, c, param, acc, s, t):
     scale = optional(a[WEIGHT], c, param, 1.0) * r * inverse
     if real(a, SHARE) == 0.0:
         return acc(scale), acc(0.0), acc(0.0)
-    slope = -scale * inverse * inverse * t * real(a, SHARE)
-    return acc(scale), acc(slope), acc(-scale * s * real(a, SHARE) - slope * (mean - f64(acc(mean))))
+    slope = -inverse * inverse * t * real(a, SHARE)
+    return acc(scale), acc(slope), acc(-s * real(a, SHARE) - slope * (mean - f64(acc(mean))))
 
 
 @loop

@@ -300,7 +300,7 @@ def backward_apply_at(x, dy, r, dx, dz, gives, i, g, j, k, gap, bits, bit, p, we
 
 @loop
 def row_backward_apply(a, row, start, stride, width, base, k, gap, stored, acc, form):
-    """dx = A·dz + weight·(B·(x − mean) + C) with column vectors k (mean), k + gap (A) … k + 3·gap (C); dz itself."""
+    """dx = A·(dz + weight·(B·(x − mean) + C)) with column vectors k (mean), k + gap (A) … k + 3·gap (C); dz itself."""
     x, dy, r = pointer(a[X], stored), offset(pointer(a[DY], stored), start), pointer(a[RESIDUAL], stored)
     dx, dz, gives = pointer(a[OUT], stored), pointer(a[GRAD_RESIDUAL], stored), a[GRAD_RESIDUAL] != 0
     bits, p, streaming = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0

@@ -74,8 +74,8 @@ def input_gradient(g, d, w, ca, cb, cc, form):
     if form.GIVEN:
         return g * ca
     if form.WEIGHTED:
-        return fma(g, ca, w * fma(d, cb, cc))
-    return fma(g, ca, fma(d, cb, cc))
+        return ca * fma(w, fma(d, cb, cc), g)
+    return ca * (g + fma(d, cb, cc))
 
 
 @lanewise

@@ -321,7 +321,7 @@ def group_backward_sums(a, first, width, start, length, k, s, t, stored, acc, fo
 
 @loop
 def run_backward_apply(a, at, place, g, bit, n, k, ca, cb, cc, shift, stored, acc, form):
-    """dx = A·dz + weight·(B·(x − mean) + C), and dz itself for the residual; dy begins at g, weights at `place`."""
+    """dx = A·(dz + weight·(B·(x − mean) + C)), and dz itself for the residual; dy begins at g, weights at `place`."""
     x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
     r = offset(pointer(a[RESIDUAL], stored), at)
     dx, dz = offset(pointer(a[OUT], stored), at), offset(pointer(a[GRAD_RESIDUAL], stored), at)
