@@ -71,6 +71,10 @@ def networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         print("transformers is not installed: its networks are left out")
     else:
         yield "transformers ResNet-50", lambda: transformers.ResNetModel(transformers.ResNetConfig())
+        yield (
+            "transformers ResNet-101",
+            lambda: transformers.ResNetModel(transformers.ResNetConfig(depths=[3, 4, 23, 3])),
+        )
         yield "transformers MobileNetV2", lambda: transformers.MobileNetV2Model(transformers.MobileNetV2Config())
 
 
@@ -104,7 +108,7 @@ def main() -> None:
         taken = [seconds(lambda m=model, verb=verb: verb(m, x)) for verb in VERBS.values()]  # type: ignore[misc]
         beyond = [(t - 4 * forward) * 100 / layers for t in taken]
         table.add_row(name, str(layers), f"{forward:.3f}", *(f"{t:.2f}" for t in (*taken, *beyond)))
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def trace(
 def _traced(module: nn.Module, training: bool, leaf: Leaf, to_run: bool) -> fx.Graph:
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     for part in module.modules():
-        part.training = training
+        vars(part)["training"] = training  # nn.Module's own way takes ten times as long
     before = _Held(parts)
     draws = torch.get_rng_state(), random.getstate()
     try:
