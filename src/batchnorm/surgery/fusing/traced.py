@@ -49,6 +49,7 @@ class Tracing:
         self._opaque: dict[nn.Module, str] = {}  # what cannot be traced, and why
         self._blind: dict[nn.Module, str] = {}  # what can be traced from outside only
         self._stale: set[nn.Module] = set()  # whose graph was recorded before something in it changed
+        self._looked: set[nn.Module] = set()  # into which one has looked
         self._closed: set[nn.Module] = set()  # layers of which all readers have been seen
         self._graphs: dict[nn.Module, tuple[fx.Graph, Leaf]] = {}
         self._seen_in: dict[nn.Module, nn.Module] = {}  # the outermost module whose graph has the layer
@@ -56,21 +57,28 @@ class Tracing:
 
     def run(self) -> None:
         """Fuse all that can be."""
-        for module, _ in self.graphs():
-            self._visit(module)
+        if self._calls is None:  # only the graphs tell what is called
+            for module, _ in self.graphs():
+                self._visit(module)
+        else:
+            shadows = Shadows(self._model)
+            for module in self._outwards():
+                if module in self._calls and not self._settled(module):
+                    self._look_into_parts(module, shadows)
+                    self._visit(module)
         for layer in self._names:
             if type(layer) in TORCHS and layer not in self.fused:
                 self._explain(layer)
 
     def graphs(self) -> list[tuple[nn.Module, fx.Graph]]:
         """Trace all modules with batch normalization inside whose forward runs, from the innermost outwards."""
-        inwards = [module for module in self._names if module in self._with_layers]
-        outwards = inwards[::-1]
-        shadows = Shadows(self._model)
-        for module in outwards:
-            self._look_into(module, shadows)
-        called = self._called(inwards)
+        outwards = self._outwards()
+        self._look_into_parts(self._model, Shadows(self._model))
+        called = self._called(outwards[::-1])
         return [(m, self._graphs[m][0]) for m in outwards if m in called and m in self._graphs]
+
+    def _outwards(self) -> list[nn.Module]:
+        return [module for module in self._names if module in self._with_layers][::-1]
 
     def name(self, module: nn.Module) -> str:
         """The module's first name in the model."""
@@ -102,6 +110,13 @@ class Tracing:
 
     # --- what can be traced ---
 
+    def _look_into_parts(self, module: nn.Module, shadows: Shadows) -> None:
+        """Trace a module, and first all with layers inside it: what cannot be traced there is a call to the others."""
+        for part in self._outwards() if module is self._model else [*module.modules()][::-1]:
+            if part in self._with_layers and part not in self._looked:
+                self._looked.add(part)
+                self._look_into(part, shadows)
+
     def _look_into(self, module: nn.Module, shadows: Shadows) -> None:
         if not is_container(module) or type(module).forward is nn.Module.forward:
             return
@@ -113,11 +128,13 @@ class Tracing:
             return
         for leaf in self._leaves():
             try:
-                self._graphs[module] = trace(module, leaf, self._modes, shadows=shadows), leaf
+                known = None if module in self._stale else shadows
+                self._graphs[module] = trace(module, leaf, self._modes, shadows=known), leaf
             except UntraceableError as error:
                 self._opaque[module] = str(error)
             else:
                 self._opaque.pop(module, None)
+                self._stale.discard(module)
                 return
 
     def _leaves(self) -> list[Leaf]:
@@ -158,9 +175,8 @@ class Tracing:
 
     def _visit(self, module: nn.Module) -> None:
         """Fuse in one module what its graph shows; whatever goes wrong there is a reason to leave it, and no more."""
-        layers = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
-        if self._closed.issuperset(layers):
-            return  # an outer module sees no more of these
+        if module not in self._graphs or self._settled(module):
+            return
         try:
             with refusing():
                 self._fuse_within(module)
@@ -170,6 +186,10 @@ class Tracing:
             for layer in [layer for layer, seen in self._seen_in.items() if seen is module]:
                 del self._seen_in[layer]
                 self.reasons.pop(layer, None)
+
+    def _settled(self, module: nn.Module) -> bool:
+        """Whether it shows no more of its layers than its parts do."""
+        return self._closed.issuperset(m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
     def _fuse_within(self, module: nn.Module) -> None:
         graph, leaf = self._graphs[module]
