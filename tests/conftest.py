@@ -2,8 +2,10 @@
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ import torch
 from batchnorm.kernels import plans
 
 SLOW = "BATCHNORM_SLOW"
+CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY")
+if CAPABILITY:  # what inductor has compiled for wider vectors it takes from its cache, and then fails (torch 2.13)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{CAPABILITY}")))
 
 
 def pytest_configure(config: pytest.Config) -> None:
