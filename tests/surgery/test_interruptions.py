@@ -24,6 +24,8 @@ from batchnorm.surgery.restoring import Restoring
 
 RESTORING = ("restoring.py", "preserve.py")
 EVERYTHING = ("",)
+# Python itself ends what a handler raises while a callback of a weak reference or of the garbage collector runs.
+ENDED_IN_CALLBACKS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def network() -> nn.Module:
@@ -182,7 +184,7 @@ def alarms() -> Iterator[Alarms]:
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python ends alarms in gc's callbacks
+@ENDED_IN_CALLBACKS
 @pytest.mark.parametrize("name", ["preserved", "recalibrate", "adapt", "frozen_statistics"])
 def test_alarms_at_random_times(name: str, alarms: Alarms) -> None:
     """The model is what it was; or, where the alarm came after the call's last line, what the call makes of it."""
@@ -202,6 +204,7 @@ def test_alarms_at_random_times(name: str, alarms: Alarms) -> None:
     assert interrupted > 30
 
 
+@ENDED_IN_CALLBACKS
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}])
 def test_both_counters_of_renormalization_count_a_batch_or_none(options: dict[str, Any], alarms: Alarms) -> None:
     layer, x = batchnorm.BatchNorm1d(2, statistics=batchnorm.Renorm(), **options), data()
