@@ -197,3 +197,24 @@ def test_the_locks_that_a_fork_waits_for_are_numbas_and_llvms() -> None:
 
     assert launch._numbas_lock() is global_compiler_lock._lock
     assert launch._llvms_lock() is ffi.lib._lock._lock
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_a_form_never_does_is_not_compiled(weighted: bool) -> None:
+    script = f"""
+import torch
+from batchnorm.kernels import cache
+from batchnorm.kernels.compile import compiled
+from batchnorm.kernels.form import Form
+from batchnorm.kernels.loops import planes
+cache.build = lambda: None  # nothing of earlier processes is used
+compiled("planes_forward", torch.float32, Form(weighted={weighted}))
+print(*(name for name, f in vars(planes).items() if getattr(f, "signatures", None)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    mine, others = {"weighted_group_sums", "weighted_run_sums"}, {"channel_sums", "group_sums", "run_sums"}
+    if not weighted:
+        mine, others = others, mine
+    assert mine <= set(done.stdout.split())
+    assert not others & set(done.stdout.split())

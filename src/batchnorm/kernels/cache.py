@@ -45,7 +45,7 @@ def build() -> str | None:
     None if the sources cannot be read.
     """
     try:
-        names = [f"{_PACKAGE}.{name}" for name in ("compile", "elementary", "simd")]
+        names = [f"{_PACKAGE}.{name}" for name in ("compile", "elementary", "pruning", "simd")]
         loops: Any = find_spec(f"{_PACKAGE}.loops")
         found = pkgutil.iter_modules(loops.submodule_search_locations, f"{loops.name}.")
         names += sorted(module.name for module in found)
