@@ -131,3 +131,10 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     running = batchnorm.functional.cpu.Running
     monkeypatch.setattr(batchnorm.functional.cpu, "Running", lambda m, v, b, f: running(m, v, b, f + 0.01))
     assert any("running_mean" in fault for fault in run(case))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_gradients_at_once_of_what_plain_pytorch_computes(dtype: str) -> None:
+    """They have no strides that could be asked for."""
+    more: dict[str, Any] = {"transform": "batched", "layout": "channels_last", "memory": "bands"}
+    check(Case(1, (2, 2, 2, 3), dtype, buffers="none", counted=False, policy="Ghost(2)", **more))

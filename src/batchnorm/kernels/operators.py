@@ -336,4 +336,5 @@ class _Formatted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad.contiguous(memory_format=ctx.format) if gate.alone() else grad), None
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # which has no strides that could be asked for
+        return (grad.contiguous(memory_format=ctx.format) if gate.alone() and not batched else grad), None
