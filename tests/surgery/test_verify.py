@@ -191,3 +191,12 @@ def test_copies_hold_what_a_forward_has_kept_without_its_graph() -> None:
     layer.lock = F.relu(layer.again).grad_fn  # which cannot be copied at all
     with pytest.raises(Exception, match=r"copy|pickle"):
         copied(layer)
+
+
+def test_a_layer_of_torchs_own_whose_buffer_belongs_to_a_graph_is_copied() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model[1].running_mean = model[1].weight * 2  # type: ignore[operator]
+    twin = copied(model)
+    assert torch.equal(twin[1].running_mean, model[1].running_mean)  # type: ignore[arg-type]
+    assert twin[1].running_mean is not model[1].running_mean
+    assert twin[1].running_mean.grad_fn is None

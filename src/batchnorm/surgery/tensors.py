@@ -58,17 +58,21 @@ def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
     # Every module has a dozen dicts for hooks, nearly all of them empty: to copy these would take most of the time.
     held = [value for part in module.modules() for value in vars(part).values() if type(value) in _EMPTY]
     memo = {id(value): type(value)() for value in held if not value} | (memo or {})
-    for part in module.modules():
-        if part is not module and id(part) not in memo and _is_simple(part):
-            memo[id(part)] = _simple_copy(part, memo)
     try:
-        return copy.deepcopy(module, dict(memo))
+        return _copied(module, dict(memo))
     except RuntimeError:
         held = [value for part in module.modules() for value in vars(part).values() if not isinstance(value, nn.Module)]
         kept = {id(t): t.detach().clone() for t in tensors_in(held) if t.grad_fn is not None}
         if not kept:
             raise
-        return copy.deepcopy(module, kept | memo)
+        return _copied(module, kept | memo)
+
+
+def _copied(module: Any, memo: dict[int, Any]) -> Any:
+    for part in module.modules():
+        if part is not module and id(part) not in memo and _is_simple(part):
+            memo[id(part)] = _simple_copy(part, memo)
+    return copy.deepcopy(module, memo)
 
 
 def _is_simple(part: nn.Module) -> bool:

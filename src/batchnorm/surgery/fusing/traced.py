@@ -112,7 +112,7 @@ class Tracing:
 
     def _look_into_parts(self, module: nn.Module, shadows: Shadows) -> None:
         """Trace a module, and first all with layers inside it: what cannot be traced there is a call to the others."""
-        for part in self._outwards() if module is self._model else [*module.modules()][::-1]:
+        for part in [*module.modules()][::-1]:
             if part in self._with_layers and part not in self._looked:
                 self._looked.add(part)
                 self._look_into(part, shadows)
