@@ -62,7 +62,7 @@ def test_symbolic_tracing_records_one_call_of_it(training: bool) -> None:
     assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [batch_norm]
     check(traced, oracle, x)
     traced(x)
-    assert kernels.ran().forward == ("cpu" if training else "aten")
+    assert kernels.ran().forward == ("numba" if training else "aten")
 
 
 def test_symbolic_tracing_keeps_what_only_ours_takes() -> None:
@@ -73,7 +73,7 @@ def test_symbolic_tracing_keeps_what_only_ours_takes() -> None:
     x, skip = torch.randn(4, 3, 5, 7), torch.randn(4, 3, 5, 7)
     right = (F.batch_norm(x.double(), None, None, training=True) + skip).relu()
     torch.testing.assert_close(traced(x, skip).double(), right, rtol=1e-5, atol=1e-5)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -113,7 +113,7 @@ def test_it_can_take_the_place_of_torchs(dtype: torch.dtype, kernel: Any, monkey
     for training, expected in zip((True, False), right, strict=True):
         with kernels.using(kernel) if kernel else torch.no_grad():
             y = layer.train(training)(x)
-        assert kernels.ran().forward == (kernel or ("cpu" if training and dtype != torch.float16 else "aten"))
+        assert kernels.ran().forward == (kernel or ("numba" if training and dtype != torch.float16 else "aten"))
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     assert layer.train()(x[:0]).shape == (0, 3, 5)
     if dtype.itemsize >= 4:  # torch's own has no batching rule for half precision beside float32

@@ -71,7 +71,7 @@ def ours(t: Given, training: bool, activation: Activation | None, inplace: bool 
     residual = None if t.residual is None else t.residual.clone().requires_grad_()
     mean, var = t.running_mean.clone(), t.running_var.clone()
     fed = x * 1 if inplace else x
-    with kernels.using("cpu"):
+    with kernels.using("numba"):
         y = batch_norm(
             fed, mean, var, weight, bias, training, activation=activation, residual=residual, inplace=inplace
         )
@@ -116,7 +116,7 @@ def compare(
     planned = plans.laid_out(t.x)[1]
     assert (planned.kind, planned.fused) == VIEWS[view]
     found = ours(t, training, activation, inplace)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     right, z = oracle(t, training, activation)
     undecided = kinks(z, activation)
     assert undecided.double().mean() < 1e-3
@@ -202,12 +202,12 @@ def test_the_loops_functions_are_as_right_as_float32_allows(name: str) -> None:
 
     def through(t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.clone().requires_grad_()
-        with kernels.using("cpu"):
+        with kernels.using("numba"):
             y = batch_norm(t, zero, one, eps=0.0, activation=activation)
         return y.detach(), torch.autograd.grad(y, t, torch.ones_like(y))[0]
 
     found = through(z)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     narrow, wide = z.clone().requires_grad_(), z.double().requires_grad_()
     theirs, right = ((v, torch.autograd.grad(v.sum(), t)[0]) for t in (narrow, wide) for v in (applied(activation, t),))
     off = kinks(z.double(), activation)
@@ -221,7 +221,7 @@ def test_not_a_number_and_infinity_pass_as_their_limits() -> None:
     z = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0] * 7).reshape(1, 1, -1)
     one, zero = torch.ones(1), torch.zeros(1)
     for name in NAMES:
-        with kernels.using("cpu"):
+        with kernels.using("numba"):
             y = batch_norm(z, zero, one, eps=0.0, activation=name).flatten()
         below = {"leaky_relu": -math.inf, "elu": -activation_of(name).parameter}.get(name, 0.0)
         assert y[0].isnan(), name
@@ -234,7 +234,7 @@ def test_not_a_number_and_infinity_pass_as_their_limits() -> None:
         assert torch.equal(y.reshape(7, 5).nan_to_num(nan=5.0), y[:5].nan_to_num(nan=5.0).expand(7, 5)), name
 
 
-@pytest.mark.parametrize(("elements", "kernel"), [(2**19 - 1, "aten"), (2**19, "cpu")])
+@pytest.mark.parametrize(("elements", "kernel"), [(2**19 - 1, "aten"), (2**19, "numba")])
 def test_small_evaluations_are_torchs(elements: int, kernel: str) -> None:
     x = torch.randn(1, 1, elements)
     layer = batchnorm.BatchNorm1d(1, activation="relu").eval()
@@ -279,12 +279,12 @@ def test_frozen_layers_save_no_input_where_only_its_gradient_is_needed() -> None
     x = torch.randn(4, 16, 8, 8, requires_grad=True)
     for name, bits in ((None, 0), ("relu", 1 / 32)):
         layer = batchnorm.BatchNorm2d(16, activation=name).eval().requires_grad_(False)
-        with kernels.using("cpu"):
+        with kernels.using("numba"):
             saved = saved_storages(lambda layer=layer: layer(x), layer.weight, layer.bias)
             y = layer(x)
         assert saved == bits * x.untyped_storage().nbytes()
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-        assert kernels.ran() == ("cpu", "cpu")
+        assert kernels.ran() == ("numba", "numba")
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
@@ -300,7 +300,7 @@ def test_gradients_that_nobody_needs_are_not_made(wanted: str, residual: bool, m
         leaves = {name: v.clone() for name, v in t._asdict().items() if v is not None}
         leaves[wanted].requires_grad_()
         x, mean, var, weight, bias = (leaves[k] for k in ("x", "running_mean", "running_var", "weight", "bias"))
-        with kernels.using("cpu"):
+        with kernels.using("numba"):
             y = batch_norm(x, mean, var, weight, bias, training, activation="relu", residual=leaves.get("residual"))
         (found,) = torch.autograd.grad(y, leaves[wanted], t.grad)
         right, z = oracle(t, training, Activation("relu"))
@@ -340,7 +340,7 @@ def test_second_derivatives(name: str | None, residual: bool, training: bool) ->
     leaves = [v.clone().requires_grad_() for v in (t.x, t.weight, t.bias, *((t.residual,) if residual else ()))]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None = None) -> Tensor:
-        with kernels.using("cpu"):
+        with kernels.using("numba"):
             return batch_norm(
                 x, t.running_mean.clone(), t.running_var.clone(), weight, bias, training, activation=name, residual=skip
             )

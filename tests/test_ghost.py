@@ -57,7 +57,7 @@ def compare(view: Any, dtype: torch.dtype = torch.float32, **options: Any) -> No
     assert view not in VIEWS or (plan.kind, plan.fused) == VIEWS[view]
     right = in_parts(layer, x, grad, size)
     found = step(layer, x, grad)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     assert_right(found, right, dtype)
     if layer.track_running_stats:
         assert layer.num_batches_tracked == -(-shape[0] // size)
@@ -138,7 +138,7 @@ def test_activation_and_residual(view: Any, activation: str) -> None:
     undecided: list[Tensor] = []  # where rounding decides on which side of 0 z lies
     right = fused_step(twin, x.double(), residual.double(), grad.double(), by_torch)
     found = fused_step(layer, x, residual, grad, layer)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     assert undecided[0].double().mean() < 1e-3
     for i, (ours, oracle) in enumerate(zip(found, right, strict=True)):
         if i < 3:
@@ -174,7 +174,7 @@ def test_in_place() -> None:
     assert_right_buffers(layer, twin)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_part_alone_is_not_counted(kernel: Any, bad: float) -> None:
     layer, size = made(9, 4, 3), 3
@@ -230,7 +230,7 @@ def test_derivatives_of_derivatives() -> None:
         return batch_norm(x, None, None, weight, bias, training=True, statistics=Ghost(2))
 
     assert torch.autograd.gradcheck(normalize, inputs)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
     assert torch.autograd.gradgradcheck(normalize, inputs)
 
 

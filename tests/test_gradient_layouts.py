@@ -83,7 +83,7 @@ def test_gradients_of_any_layout(shape: str, given: str, dtype: torch.dtype) -> 
     plain = LAYOUTS[layout](grad.clone(memory_format=torch.contiguous_format))
     assert plain.stride() == x.stride()
     right = step(layer, x, plain)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     # The order of sums may differ; one unit in the last place of the largest value is what that can cost.
     relative, of_largest = (1e-6, 1e-6) if dtype == torch.float32 else (2**-8, 2**-8)
     for ours, same in zip(found[1:4], right[1:4], strict=True):
@@ -102,7 +102,7 @@ def test_a_global_mean_and_a_sum_send_expanded_gradients_through_the_loops() -> 
         layer, x = OURS[4](5), laid((3, 5, 9, 11), 0, torch.float32).requires_grad_()
         twin, wide = torch.nn.BatchNorm2d(5).double(), x.detach().double().requires_grad_()
         reduce(layer(x)).backward()
-        assert kernels.ran().backward == "cpu"
+        assert kernels.ran().backward == "numba"
         reduce(twin(wide)).backward()
         for ours, right in (
             (x.grad, wide.grad),
@@ -183,7 +183,7 @@ def test_saved_for_backward_are_x_and_the_weight(affine: bool) -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
     own = [t.data_ptr() for t in (x, layer.weight) if t is not None]
     assert [t.data_ptr() for t in saved] == own
 
@@ -195,7 +195,7 @@ def test_evaluation_saves_x_only_if_the_weight_learns() -> None:
         x = torch.randn(3, 5, 9, 11, requires_grad=True)
         saved: list[Tensor] = []
         with (
-            kernels.using("cpu"),
+            kernels.using("numba"),
             torch.autograd.graph.saved_tensors_hooks(lambda t, keep=saved.append: keep(t) or t, lambda t: t),
         ):
             layer(x)

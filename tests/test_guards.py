@@ -38,8 +38,8 @@ MORE_FORMS: tuple[dict[str, Any], ...] = (
     {"inplace": True},
     {"inplace": True, "activation": ("leaky_relu", 0.25)},
     {"activation": ("relu6", 0.0)},
-    {"training": False, "kernel": "cpu"},
-    {"training": False, "kernel": "cpu", "activation": ("relu", 0.0), "wanted": "x"},
+    {"training": False, "kernel": "numba"},
+    {"training": False, "kernel": "numba", "activation": ("relu", 0.0), "wanted": "x"},
 )
 GRADS = ("same", "same", "contiguous", "channels_last", "scalar", "per_channel", "over_space", "reversed", "odd")
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "sliced_channels", "odd")

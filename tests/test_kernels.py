@@ -127,8 +127,8 @@ def test_the_cases_take_every_way_through_the_loops() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loops(case: Case, dtype: torch.dtype, training: bool) -> None:
     assert_planned(case, dtype)
-    compare_steps(case.shape, case.layout, dtype, training, "cpu")
-    assert kernels.ran().backward == "cpu"
+    compare_steps(case.shape, case.layout, dtype, training, "numba")
+    assert kernels.ran().backward == "numba"
 
 
 @pytest.mark.usefixtures("streaming")
@@ -136,15 +136,15 @@ def test_loops(case: Case, dtype: torch.dtype, training: bool) -> None:
 @pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_loops_that_write_around_the_caches(case: Case, dtype: torch.dtype) -> None:
     assert assert_planned(case, dtype).streams
-    compare_steps(case.shape, case.layout, dtype, True, "cpu")
-    compare_steps(case.shape, case.layout, dtype, False, "cpu")
+    compare_steps(case.shape, case.layout, dtype, True, "numba")
+    compare_steps(case.shape, case.layout, dtype, False, "numba")
 
 
 @pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_odd_sizes_are_not_written_around_the_caches_where_vectors_would_not_be_aligned(case: Case) -> None:
     for dtype in DTYPES:
-        compare_steps(case.shape, case.layout, dtype, True, "cpu")
+        compare_steps(case.shape, case.layout, dtype, True, "numba")
 
 
 def test_an_output_off_the_vectors_alignment_is_right(streaming: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_an_output_off_the_vectors_alignment_is_right(streaming: None, monkeypat
 
     assert plans.laid_out(laid(shape, 0, torch.float32))[1].streams
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options) if options else shifted(x))
-    compare_steps(shape, "contiguous", torch.float32, True, "cpu")
+    compare_steps(shape, "contiguous", torch.float32, True, "numba")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -185,19 +185,19 @@ BIASLESS = {"bias": False} if "bias" in torch.nn.BatchNorm2d.__init__.__code__.c
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("tracking", [True, False], ids=["tracking", "untracked"])
 @pytest.mark.parametrize("affine", [{}, {"affine": False}, BIASLESS], ids=["affine", "plain", "biasless"])
-@pytest.mark.parametrize("kernel", ["cpu", "aten", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "aten", "reference"])
 def test_options(kernel: str, affine: dict[str, bool], tracking: bool, momentum: float | None, training: bool) -> None:
     options = {**affine, "track_running_stats": tracking, "momentum": momentum}
     for dtype in DTYPES:
         # One shape for each place where the loops move the running statistics; 12 values wake no second thread.
-        for shape in ((2, 3, 2), (35, 701), (5, 9, 12, 15), (2, 3, 150, 151)) if kernel == "cpu" else ((5, 9, 3, 3),):
+        for shape in ((2, 3, 2), (35, 701), (5, 9, 12, 15), (2, 3, 150, 151)) if kernel == "numba" else ((5, 9, 3, 3),):
             compare_steps(shape, "contiguous", dtype, training, kernel, **options)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "aten", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "aten", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_input_beside_float32_parameters(kernel: Any, dtype: torch.dtype) -> None:
-    if kernel == "cpu" and dtype == torch.float16:
+    if kernel == "numba" and dtype == torch.float16:
         with pytest.raises(RuntimeError, match=r"asked for, but x is torch\.float16"), kernels.using(kernel):
             OURS[4](3)(torch.randn(2, 3, 5, 5, dtype=dtype))
         return
@@ -224,7 +224,7 @@ def test_statistics_with_gaps_or_of_another_width_are_moved_too() -> None:
         (torch.zeros(9).double(), torch.ones(9).double()),
     ):
         y = batch_norm(x, mean, var, training=True)
-        assert kernels.ran().forward == "cpu"
+        assert kernels.ran().forward == "numba"
         none = (None, None, None)
         assert_right(
             Result(y, *none, mean, var, None), Result(right, *none, right_mean, right_var, None), torch.float32
@@ -240,7 +240,7 @@ def test_a_bad_batch_leaves_wider_statistics_as_they_are_to_the_bit(options: dic
     x = laid((5, 9, 12, 15), 0, torch.float32).clone()
     x[:, 0, 0, 0] = float("nan")
     batch_norm(x, mean, var, training=True, **options)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
     assert torch.equal(mean, before[0])
     assert torch.equal(var, before[1])
 
@@ -248,7 +248,7 @@ def test_a_bad_batch_leaves_wider_statistics_as_they_are_to_the_bit(options: dic
 def test_evaluation_backward_uses_the_statistics_of_its_forward() -> None:
     layer = OURS[4](3).eval()
     x = torch.randn(2, 3, 5, 5, requires_grad=True)
-    with kernels.using("cpu"):
+    with kernels.using("numba"):
         y = layer(x)
     layer.train()(torch.randn(2, 3, 5, 5) * 9)
     y.sum().backward()
@@ -261,9 +261,9 @@ def test_a_small_evaluation_goes_to_aten_and_a_large_one_to_the_loops() -> None:
         layer(torch.randn(2, 3, 5, 5))
         assert kernels.ran().forward == "aten"
         x = torch.randn(3, 3, 901, 1001)
-        assert kernels.which(x, False) == "cpu"
+        assert kernels.which(x, False) == "numba"
         y = layer(x)
-        assert kernels.ran().forward == "cpu"
+        assert kernels.ran().forward == "numba"
     torch.testing.assert_close(y, x * (1 + layer.eps) ** -0.5)
 
 

@@ -119,7 +119,7 @@ def test_copies(kind: str) -> None:
         assert type(twin) is type(layer)
         assert twin.own == "kept"
         used(twin, kind, 1)
-        assert kernels.ran().forward == "cpu"
+        assert kernels.ran().forward == "numba"
         assert twin.num_batches_tracked == 3
     assert layer.num_batches_tracked == 2
 
@@ -179,7 +179,7 @@ def test_lazy_layers(kind: str, before: Any) -> None:
     assert list(ours.state_dict()) == list(torchs.state_dict())
     x = torch.randn(shape(kind)).to(ours.weight.dtype)
     y, right = ours(x), torchs(x)
-    assert kernels.ran().forward == ("aten" if x.dtype == torch.float16 else "cpu")
+    assert kernels.ran().forward == ("aten" if x.dtype == torch.float16 else "numba")
     assert type(ours) is getattr(batchnorm, kind)
     assert repr(ours) == repr(torchs)
     assert ours.running_mean.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -236,7 +236,7 @@ def test_symbolic_tracing_keeps_the_layer_whole() -> None:
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
     x = torch.randn(5, 3, 2, 3)
     torch.testing.assert_close(traced(x), model(x))
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
 
 
 def network(package: Any) -> nn.Module:
@@ -389,7 +389,7 @@ def test_a_half_precision_checkpoint_that_was_assigned_trains_on() -> None:
     x = torch.ones(2, 3, 3, 3, dtype=BF16)
     for _ in range(300):
         layer(x)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
     torch.testing.assert_close(layer.running_mean, torch.full((3,), 1 - 0.999**300), rtol=1e-4, atol=0)
     assert layer.num_batches_tracked == 300
 

@@ -100,7 +100,7 @@ def compare(view: Any, dtype: torch.dtype = torch.float32, size: int | None = No
         assert (plan.kind, plan.fused) == VIEWS[view]
     right = step(gathered(layer, mask, size), x.double(), grad.double())
     found = step(masked(layer, mask), poisoned(x, mask), poisoned(grad, mask, INF))
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     assert_right(found, right, dtype)
     hidden = ~mask.unsqueeze(1).expand(shape)
     assert found.x_grad is not None
@@ -147,7 +147,7 @@ def test_a_mean_far_from_0_costs_no_digits() -> None:
         torch.testing.assert_close(y.detach().double(), right, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kernel", "training"), [("cpu", True), ("reference", True), ("aten", False)])
+@pytest.mark.parametrize(("kernel", "training"), [("numba", True), ("reference", True), ("aten", False)])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_activation_and_residual(activation: str | None, training: bool, kernel: Any) -> None:
     shape = (7, 9, 6, 7)
@@ -212,7 +212,7 @@ def weighed(x: Tensor, weights: Tensor, weight: Tensor, bias: Tensor, eps: float
     return torch.where(weights.unsqueeze(1) > 0, y, 0.0), moments
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 @pytest.mark.parametrize("view", [PLANES, ROWS], ids=str)
 def test_floating_weights(view: Any, kernel: Any) -> None:
     shape, layout = view
@@ -279,7 +279,7 @@ def test_a_mask_is_broadcast(shape: tuple[int, ...], training: bool) -> None:
 # --- few values ---
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 @pytest.mark.parametrize("policy", [None, Ghost(3), Renorm(schedule=None)], ids=str)
 @pytest.mark.parametrize("values", [0, 1])
 def test_too_few_values_teach_nothing(values: int, policy: Any, kernel: Any) -> None:
@@ -306,7 +306,7 @@ def test_too_few_values_teach_nothing(values: int, policy: Any, kernel: Any) -> 
         torch.testing.assert_close(found.y[2, :, 3, 1], layer.bias.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 def test_a_part_without_values_is_not_counted(kernel: Any) -> None:
     layer, mask = made(9, 4, statistics=Ghost(3)), some((7, 9, 6, 7))
     mask[3:6] = False
@@ -380,7 +380,7 @@ def test_derivatives_of_derivatives(options: dict[str, Any]) -> None:
         return batch_norm(hidden, mean, var, weight, bias, mask=mask, residual=skip, **rest)  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(normalize, leaves)
-    assert kernels.ran().forward == ("cpu" if rest["training"] else "aten")
+    assert kernels.ran().forward == ("numba" if rest["training"] else "aten")
     assert torch.autograd.gradgradcheck(normalize, leaves)
 
 
@@ -412,7 +412,7 @@ def test_autocast() -> None:
     assert hidden.dtype == y.dtype == BF16
     right = nn.functional.batch_norm(hidden[mask].double(), None, None, training=True)
     torch.testing.assert_close(y[mask].double(), right, rtol=2**-8, atol=1e-3)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
 
 
 @pytest.mark.parametrize("view", [PLANES, SPLIT_PLANES, ROWS, SPLIT_ROWS], ids=str)

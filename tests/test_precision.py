@@ -56,7 +56,7 @@ def test_a_mean_of_ten_thousand_deviations_costs_no_digits(shape: tuple[int, ...
     x = laid(shape, 0, torch.float32, layout).copy_(noise + per_channel)
     layer = layer_for(x, momentum=1.0)
     y = layer(x)
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
     var, mean = torch.var_mean(x.double(), dims(x))
     right = F.batch_norm(x.double(), None, None, training=True)
     torch.testing.assert_close(layer.running_mean.double(), mean, rtol=2**-23, atol=0)
@@ -94,7 +94,7 @@ def test_a_constant_channel_becomes_its_bias(shape: tuple[int, ...], layout: str
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("how", ["cpu", "reference", "masked", "ghost"])
+@pytest.mark.parametrize("how", ["numba", "reference", "masked", "ghost"])
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e8 + 0.1])
 def test_in_float64_a_constant_channel_is_its_bias_to_the_last_bit(
     shape: tuple[int, ...], layout: str, how: str, value: float
@@ -104,7 +104,7 @@ def test_in_float64_a_constant_channel_is_its_bias_to_the_last_bit(
     layer = layer_for(
         x, momentum=1.0, dtype=torch.float64, statistics=batchnorm.Ghost(shape[0] - 2) if how == "ghost" else None
     )
-    kernel: kernels.Kernel = "reference" if how == "reference" else "cpu"
+    kernel: kernels.Kernel = "reference" if how == "reference" else "numba"
     with kernels.using(kernel):
         y = layer(x, mask=mask)
     assert kernels.ran().forward == kernel
@@ -115,7 +115,7 @@ def test_in_float64_a_constant_channel_is_its_bias_to_the_last_bit(
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 @pytest.mark.parametrize("ratio", [10**6, 10**9])
 def test_in_float64_a_large_mean_costs_the_digits_of_its_own_rounding(
     shape: tuple[int, ...], layout: str, kernel: kernels.Kernel, ratio: int
@@ -147,7 +147,7 @@ def test_gradients_where_the_variance_is_next_to_nothing(
     dy = laid(shape, 1, torch.float32, layout)
     mask = torch.arange(shape[0] * x[0, 0].numel()).reshape(shape[0], *shape[2:]) % 3 > 0 if masked else None
     found = []
-    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+    for kernel, dtype in (("numba", torch.float32), ("reference", torch.float64)):
         leaf = x.detach().to(dtype, copy=True).requires_grad_()
         with kernels.using(kernel):
             y = batch_norm(leaf, None, None, training=True, eps=1e-40, mask=mask)
@@ -188,7 +188,7 @@ def test_a_variance_beyond_float32_is_not_stored_and_one_within_is() -> None:
 
 @EVERY_WAY
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kernel", ["cpu", "aten", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "aten", "reference"])
 def test_a_bad_value_spoils_its_channel_and_no_buffer(
     kernel: Any, bad: float, shape: tuple[int, ...], layout: str
 ) -> None:
@@ -236,7 +236,7 @@ def test_bfloat16_is_rounded_to_nearest_even(length: int) -> None:
     x = every[: 65536 // length * length].view(-1, 1, length) if length < 65536 else every
     mean, var = torch.zeros(1), torch.ones(1)
     for weight, bias in ((1.0, 0.0), (1.0, 2.0**-9), (1.5, 0.0), (1.0, 1.0)):
-        with kernels.using("cpu"):
+        with kernels.using("numba"):
             y = batch_norm(x, mean, var, torch.tensor([weight]), torch.tensor([bias]), eps=0.0)
         right = torch.addcmul(
             torch.tensor(bias, dtype=torch.float64), x.double(), torch.tensor(weight, dtype=torch.float64)

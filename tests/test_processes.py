@@ -84,7 +84,7 @@ def test_a_forked_child_normalizes() -> None:
     if pid == 0:
         try:
             torch.set_num_threads(1)  # the oracle's own threads did not survive the fork either
-            os._exit(0 if is_right(normalized(2), 2) and ran() == ("cpu", "cpu") else 1)
+            os._exit(0 if is_right(normalized(2), 2) and ran() == ("numba", "numba") else 1)
         except BaseException:
             os._exit(2)
     assert wait_for(pid) == 0
@@ -122,7 +122,7 @@ def test_multiprocessing_by_fork_normalizes() -> None:
         if child.is_alive():
             child.kill()
         assert child.exitcode == 0
-    assert [queue.get(timeout=HANGS_AFTER) for _ in children] == [(True, ("cpu", "cpu"))] * 2
+    assert [queue.get(timeout=HANGS_AFTER) for _ in children] == [(True, ("numba", "numba"))] * 2
 
 
 class Normalized(Dataset[Tensor]):
@@ -155,7 +155,7 @@ import torch, batchnorm
 x = torch.randn(5, 9, 12, 15)
 with torch.no_grad():  # a backward would only be more to compile
     y = batchnorm.BatchNorm2d(9)(x)
-assert batchnorm.kernels.ran().forward == "cpu", batchnorm.kernels.ran()
+assert batchnorm.kernels.ran().forward == "numba", batchnorm.kernels.ran()
 right = torch.nn.functional.batch_norm(x.detach().double(), None, None, training=True)
 assert torch.allclose(y.double(), right, rtol=1e-5, atol=1e-5)
 print(batchnorm.__file__)

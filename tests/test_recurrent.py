@@ -264,7 +264,7 @@ def test_the_input_is_normalized_at_all_steps_at_once(monkeypatch: pytest.Monkey
     layer(torch.randn(7, 5, 3))
     assert sizes.count((5, 7 * 16)) == 1
     assert len(sizes) == 1 + 2 * 7
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
 
 
 # --- statistics ---

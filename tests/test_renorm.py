@@ -87,7 +87,7 @@ def compare(view: Any, dtype: torch.dtype, **options: Any) -> None:
     right = paper.step(x, grad, (1.3, 0.4), 1)
     assert paper.clipped > 0
     found = step(layer, x, grad)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
     assert_right(found, right, dtype)
 
 
@@ -106,7 +106,7 @@ def test_options(options: dict[str, Any]) -> None:
     compare(PLANES, torch.float64, **options)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 def test_a_whole_warm_up(kernel: Any) -> None:
     """Plain for three batches; then r may go to 3 by the ninth, d to 2 by the fifth."""
     layer = made(9, 4, Renorm(3.0, 2.0, Warmup(plain=3, r_until=9, d_until=5)), dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_the_papers_schedule() -> None:
     assert Renorm(schedule=Warmup(3, 3, 3)).limits(4.0) == (3.0, 5.0)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 def test_within_the_limits_training_normalizes_as_evaluation_does(kernel: Any) -> None:
     layer = made(9, 4, Renorm(r_max=1e4, d_max=1e4, schedule=None), dtype=torch.float64)
     x = laid((7, 9, 6, 7), 0, torch.float64)
@@ -167,7 +167,7 @@ def test_a_deviation_is_averaged() -> None:
     assert layer.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 def test_a_bad_batch_changes_nothing(kernel: Any) -> None:
     layer = made(9, 4, Renorm(schedule=Warmup(0, 10, 10)))
     before = copy.deepcopy(layer.state_dict())
@@ -192,7 +192,7 @@ def test_an_activation_and_a_residual_follow() -> None:
     expected = torch.autograd.grad(right, [*leaves, paper.gamma, paper.beta], grad.double())
     for ours, oracle in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), oracle.double(), rtol=1e-4, atol=1e-4)
-    assert kernels.ran() == ("cpu", "cpu")
+    assert kernels.ran() == ("numba", "numba")
 
 
 def test_derivatives_of_derivatives() -> None:
@@ -206,7 +206,7 @@ def test_derivatives_of_derivatives() -> None:
         return batch_norm(x, mean, var, weight, bias, training=True, statistics=policy)
 
     assert torch.autograd.gradcheck(normalize, (x, weight, bias))
-    assert kernels.ran().forward == "cpu"
+    assert kernels.ran().forward == "numba"
     assert torch.autograd.gradgradcheck(normalize, (x, weight, bias))
 
 

@@ -309,7 +309,7 @@ def test_exported_to_onnx_with_a_mask() -> None:
 # --- the function ---
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["numba", "reference"])
 def test_the_function_takes_policies(kernel: Any) -> None:
     x = laid(SHAPE, 0, torch.float32)
     for policy in POLICIES:

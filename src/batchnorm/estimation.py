@@ -104,10 +104,10 @@ def train(call: Call, recomputing: bool) -> Tensor:
     compiling = torch.compiler.is_compiling()
     group = None if sync is None else _group(sync, call.x)
     kernel = "reference" if compiling or (call.x.numel() == 0 and group is None) else _kernel(call, group is not None)
-    moved = kernel == "cpu" and group is None
+    moved = kernel == "numba" and group is None
     if moved:
         y, moments = _by_loops(call, size, weights, recomputing)
-    elif kernel == "cpu":
+    elif kernel == "numba":
         assert group is not None
         y, moments = _by_loops_together(call, weights, group)
     else:
@@ -147,7 +147,7 @@ def _kernel(call: Call, together: bool) -> str:
     if asked_for.get() == "aten":
         raise RuntimeError(
             "kernel 'aten' was asked for, but it has no masks and no policies; "
-            "ask for 'cpu' or 'reference', or let batchnorm choose"
+            "ask for 'numba' or 'reference', or let batchnorm choose"
         )
     return "reference" if call.batches is not None and call.batches.dtype != torch.int64 else kernel
 

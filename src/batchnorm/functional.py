@@ -214,7 +214,7 @@ def _train(call: Call) -> Tensor:
     kernel = which(x, True, weight, bias, mean, var, call.batches, call.residual)
     if _recomputing():
         call = call._replace(running_mean=None, running_var=None, batches=None)
-    if kernel == "cpu" and (call.batches is None or call.batches.dtype == torch.int64):
+    if kernel == "numba" and (call.batches is None or call.batches.dtype == torch.int64):
         return _train_cpu(call)
     train = _train_reference if kernel == "reference" else _train_aten
     record.forward = kernel
@@ -368,7 +368,7 @@ def _evaluate_with(call: Call) -> Tensor:
         mean, var = running_mean, running_var
         y = operators.formatted(lambda x: reference.inference(x, mean, var, weight, bias, call.eps), x)
         return _followed(y, call)
-    if kernel == "cpu":
+    if kernel == "numba":
         x, plan = plans.laid_out(x, given=True)
         moments = torch.stack((running_mean.double(), running_var.double()))
         weight, bias = gate.ready(weight, plan), gate.ready(bias, plan)

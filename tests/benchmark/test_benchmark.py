@@ -51,7 +51,7 @@ def test_a_run_writes_figures_for_every_cell_and_they_can_be_read_back(tiny, tmp
     found = Report.from_json(text)
     assert [check.problems for check in found.checks] == [()] * 4
     assert [t.problem for t in found.timings] == [None] * 13
-    assert {check.training for check in found.checks} <= {"cpu", "aten"}
+    assert {check.training for check in found.checks} <= {"numba", "aten"}
     for t in found.timings:
         rivals = {peers.OURS, peers.TORCH} | ({peers.COPY} if t.cell.kind == "layer" else set())
         assert set(t.seconds) == rivals
@@ -157,7 +157,7 @@ def test_an_exception_is_a_problem_and_leaves_the_threads_alone(monkeypatch):
 def test_a_process_that_ends_early_leaves_failures_not_gaps(monkeypatch, capfd):
     monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     found = processes.time_jobs(
-        "warm", [grid.Job(TINY, 1, "warm")], {TINY: Check(TINY, "cpu", "aten")}, 0.01, lambda *_: None
+        "warm", [grid.Job(TINY, 1, "warm")], {TINY: Check(TINY, "numba", "aten")}, 0.01, lambda *_: None
     )
     assert [t.operation for t in found] == list(grid.OPERATIONS)
     assert all("ended early" in (t.problem or "") for t in found)

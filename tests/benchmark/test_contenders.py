@@ -17,7 +17,7 @@ ADDED = grid.Cell((8, 16, 6, 6), fused="bn+add+relu")
 def test_the_gate_lets_fused_layers_through(cell):
     found = check.check(cell)
     assert found.problems == ()
-    assert (found.training, found.evaluation) == ("cpu", "aten")  # which evaluates what is small
+    assert (found.training, found.evaluation) == ("numba", "aten")  # which evaluates what is small
     assert ("dresidual" in found.errors) == (cell is ADDED)
     assert found.saved[peers.OURS].extra < cell.bytes / 8
     assert found.saved[peers.TORCH].extra >= cell.bytes  # the activation's result
@@ -113,7 +113,7 @@ def test_a_network_is_checked_before_it_is_timed(monkeypatch):
     cell = grid.Cell((8, 3, 8, 8), kind="model", model="small")
     found = check.check(cell)
     assert found.problems == ()
-    assert (found.training, found.evaluation) == ("cpu", "aten")  # which evaluates what is small
+    assert (found.training, found.evaluation) == ("numba", "aten")  # which evaluates what is small
 
     monkeypatch.setattr(layers.BatchNorm2d, "forward", lambda self, x, residual=None: nn.BatchNorm2d.forward(self, x))
     assert any(problem.startswith("y is off by") for problem in check.check(cell).problems)

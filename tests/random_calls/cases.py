@@ -160,7 +160,7 @@ def draw(seed: int, index: int, few: bool = False) -> Case:
     if kind == "bad":
         return Case(case["seed"], _shape(rng, True, False), dtype, training=training, buffers="plain", bad=case["bad"])  # type: ignore[arg-type]
     if not training and dtype != "float16" and not case["neg"] and kind != "transform" and rng.random() < 0.6:
-        case["kernel"] = "cpu"
+        case["kernel"] = "numba"
     made = Case(**case)  # type: ignore[arg-type]
     return _consistent(_cheap(made) if few else made)
 
@@ -232,7 +232,7 @@ def _called(case: Case) -> Case:
     if case.policy.startswith(("Renorm", "Accumulated")) and case.buffers == "none":
         case = replace(case, buffers="plain")
     by_loops = case.dtype != "float16" and not case.neg and len(case.shape) <= 5
-    by_loops = by_loops and (case.training or case.kernel == "cpu")
+    by_loops = by_loops and (case.training or case.kernel == "numba")
     if not by_loops and not case.between.endswith("inplace"):
         case = replace(case, between="")  # torch's kernels read outside of tensors that have become smaller
     if case.between.startswith(("layer", "moved")):

@@ -154,7 +154,7 @@ class Subject:
 
     def insisting(self) -> Any:
         """The kernel that the case asks for."""
-        return kernels.using("cpu") if self.case.kernel == "cpu" else copy.copy(_NOTHING)
+        return kernels.using("numba") if self.case.kernel == "numba" else copy.copy(_NOTHING)
 
     def before(self) -> Buffers:
         """The buffers as they are, in float64."""

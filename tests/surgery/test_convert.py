@@ -39,7 +39,7 @@ def test_a_converted_model_computes_the_same_with_our_kernels() -> None:
     assert str(report) == "2 converted, 0 left\n  1: BatchNorm2d\n  3: BatchNorm2d"
     for training in (True, False):
         torch.testing.assert_close(model.train(training)(image()), plain.train(training)(image()))
-        assert kernels.ran().forward == ("cpu" if training else "aten")
+        assert kernels.ran().forward == ("numba" if training else "aten")
     assert type(model[1]) is batchnorm.BatchNorm2d
     again = batchnorm.convert(model)
     assert again.converted == again.skipped == {}

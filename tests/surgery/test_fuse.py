@@ -93,7 +93,7 @@ def test_networks_as_people_write_them(
         right = step(model.train(training), image())
         with nullcontext() if make is ResNet else kernels.using("aten"):
             assert_same(step(result.model.train(training), image()), right)
-            assert kernels.ran().forward == ("cpu" if make is ResNet and training else "aten")
+            assert kernels.ran().forward == ("numba" if make is ResNet and training else "aten")
     model.load_state_dict(result.model.state_dict())
     result.model.load_state_dict(model.state_dict())
 

@@ -214,7 +214,7 @@ def test_both_counters_of_renormalization_count_a_batch_or_none(options: dict[st
             layer(x)
 
     work()
-    assert ran().forward == "cpu"
+    assert ran().forward == "numba"
     interrupted = 0
     for _ in range(300):
         interrupted += alarms.within(0.005, work)

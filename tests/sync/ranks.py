@@ -102,7 +102,7 @@ def errors(case: Case, name: str, rank: int) -> dict[str, float]:
     with nullcontext() if case.kernel is None else kernels.using(case.kernel):
         y = run(own, beside, **more)
     y.backward(share(grad, case, rank))
-    wanted = case.kernel or "cpu"
+    wanted = case.kernel or "numba"
     assert case.compiled or kernels.ran().forward == wanted, kernels.ran()
 
     gradients = [layer.weight.grad.double(), layer.bias.grad.double()]

@@ -129,7 +129,7 @@ def _ran(one: nn.Module, given: Inputs) -> tuple[str, str, list[str]]:
 
 def _expected(kernel: str) -> tuple[str, str | None]:
     """What a forward and a backward through a kernel record. ATen's backward, which is torch's own, leaves nothing."""
-    return kernel, kernel if kernel == "cpu" else None
+    return kernel, kernel if kernel == "numba" else None
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which kernel serves a tensor, which one ran, and how to insist on one.
 
-* ``"cpu"``: the Numba loops, for plain float32, float64 and bfloat16 tensors on the CPU.
+* ``"numba"``: the Numba loops, for plain float32, float64 and bfloat16 tensors on the CPU.
 * ``"aten"``: torch's own operators; always there, for every device, dtype and tracer.
 * ``"reference"``: plain PyTorch, differentiable any number of times; for function transforms and forward-mode
   derivatives.
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.kernels.gate import PLAIN, alone
 
-Kernel = Literal["cpu", "aten", "reference"]
+Kernel = Literal["numba", "aten", "reference"]
 
 _PLAIN = {*PLAIN, type(None)}
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16}
@@ -80,12 +80,12 @@ def which(x: Tensor, training: bool = True, *others: Tensor | None, fused: bool 
     if asked is None:
         if _transformed():
             return "reference"
-        return "cpu" if _obstacle(x, training, others, fused) is None else "aten"
-    obstacle = _obstacle(x, True, others, fused) if asked == "cpu" else None
-    if asked == "cpu" and obstacle is None and _transformed():
+        return "numba" if _obstacle(x, training, others, fused) is None else "aten"
+    obstacle = _obstacle(x, True, others, fused) if asked == "numba" else None
+    if asked == "numba" and obstacle is None and _transformed():
         obstacle = "a function transform or forward-mode derivative is active"
     if obstacle is not None:
-        raise RuntimeError(f"kernel 'cpu' was asked for, but {obstacle}; ask for another or let batchnorm choose")
+        raise RuntimeError(f"kernel 'numba' was asked for, but {obstacle}; ask for another or let batchnorm choose")
     return asked
 
 

@@ -43,7 +43,7 @@ def _train(
     _check(plan, weight, bias, residual)
     fused = _fused(activation, parameter, residual, read)
     found = cpu.forward(read, plan, gate.ready(weight, plan), gate.ready(bias, plan), None, eps, fused)
-    record.forward = "cpu"
+    record.forward = "numba"
     return found
 
 
@@ -89,7 +89,7 @@ def _train_backward(
         gate.ready(bias, plan),
         want_residual and activation is not None,
     )
-    record.backward = "cpu"
+    record.backward = "numba"
     parameters = (
         t if t is None or like is None or t.dtype == like.dtype else t.to(like.dtype)
         for t, like in ((found.weight, weight), (found.bias, bias))

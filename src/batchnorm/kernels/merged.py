@@ -42,7 +42,7 @@ def merged_cpu(
     merging: Merging,
 ) -> Tensor:
     """Normalize with merged moments; `plan` is a ``given_plan``, `sets` are one set, this tensor; it may be empty."""
-    record.forward = "cpu"
+    record.forward = "numba"
     y: Tensor = _Merged.apply(x, plan, weight, bias, extras.residual, eps, extras, sets, merging)
     return y
 
@@ -87,7 +87,7 @@ class _Merged(torch.autograd.Function):
                 "batch_norm over several processes cannot be differentiated twice by the loops, nor for many gradients "
                 'at once: insist on plain PyTorch in the forward, with batchnorm.kernels.using("reference")'
             )
-        record.backward = "cpu"
+        record.backward = "numba"
         needs = ctx.needs_input_grad
         weight, bias = gate.parameter("weight", weight, plan), gate.parameter("bias", bias, plan)
         own = torch.zeros(2, plan.channels, dtype=torch.float64, device="cpu")

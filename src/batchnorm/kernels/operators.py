@@ -40,7 +40,7 @@ def train_cpu(
 
     Or with those of ``sets``, and a ``sets_plan``.
     """
-    record.forward = "cpu"
+    record.forward = "numba"
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
@@ -78,7 +78,7 @@ class _Train(torch.autograd.Function):
             saved = Saved(x, weight, None, None, moments)
             grads = _by_operations(dy, plan, saved, eps, (need_x, need_weight, need_bias, False), sets=sets)
         else:
-            record.backward = "cpu"
+            record.backward = "numba"
             x, weight = gate.like_x("input", x, plan), gate.parameter("weight", weight, plan)
             wanted = need_x, need_weight, need_bias
             grads = cpu.backward(dy, x, plan, weight, moments, eps, wanted, None, None, False, False, sets)
@@ -104,7 +104,7 @@ def fused_cpu(
 
     Or with ``given`` moments (2, C), where ``plan`` is a ``given_plan``; or those of ``sets``, and a ``sets_plan``.
     """
-    record.forward = "cpu"
+    record.forward = "numba"
     activation, residual, inplace = extras
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         y: Tensor = _fused_apply(x, plan, weight, bias, residual, running, eps, activation, inplace, given, sets)
@@ -186,7 +186,7 @@ class _Fused(torch.autograd.Function):
             wanted = need_x, need_weight, need_bias, need_residual
             grads = _by_operations(dy, plan, saved, eps, wanted, activation, given, sets)
         else:
-            record.backward = "cpu"
+            record.backward = "numba"
             if x is not None:
                 x = gate.like_x("input", x, plan)
             weight, bias = gate.parameter("weight", weight, plan), gate.parameter("bias", bias, plan)

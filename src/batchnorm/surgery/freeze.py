@@ -140,7 +140,7 @@ def _left_to_the_loops(x: Tensor, activation: Activation | None, *others: Tensor
     if torch.compiler.is_compiling():
         return False
     record.forward = which(x, False, *others, fused=activation is not None or others[-1] is not None)
-    return record.forward == "cpu"
+    return record.forward == "numba"
 
 
 def _fits(x: Tensor, mean: Tensor, weight: Tensor | None, residual: Tensor | None) -> bool:

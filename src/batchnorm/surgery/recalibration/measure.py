@@ -143,7 +143,7 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
         x: floating, not empty.
         mask: as in ``batchnorm.functional.batch_norm``: ``(N, *space)`` or what broadcasts to it, bool or weights.
     """
-    if mask is None and x.numel() >= _LOOPS_FROM and which(x) == "cpu":
+    if mask is None and x.numel() >= _LOOPS_FROM and which(x) == "numba":
         x, plan = plans.laid_out(x.detach(), given=True)
         C = x.shape[1]
         found = torch.zeros(1, 2, C, dtype=torch.float64, device="cpu")
