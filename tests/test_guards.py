@@ -12,7 +12,7 @@ import torch
 
 import batchnorm
 from batchnorm.kernels import launch
-from batchnorm.kernels.loops import slots as at
+from batchnorm.kernels.loops import table as at
 from random_calls import Case, run
 from random_calls.guards import OutsideError, guarded
 

@@ -13,7 +13,8 @@ from batchnorm.kernels import cache
 from batchnorm.kernels.form import Form
 from batchnorm.kernels.loops import activations, columns, planes
 from batchnorm.kernels.loops.channels import finish
-from batchnorm.kernels.loops.slots import ALL_SLOTS, ONLY_LAST, PARTS, SETS, STAGES, meet, select, who
+from batchnorm.kernels.loops.slots import barrier, select, thread_id
+from batchnorm.kernels.loops.table import ALL_SLOTS, ONLY_LAST, PARTS, SETS, STAGES
 from batchnorm.kernels.simd import alloca, pointer
 
 work: Any = None  # these five are set for each function that `compiled` makes
@@ -24,13 +25,13 @@ _STORED = {torch.float32: numba.float32, torch.float64: numba.float64, torch.bfl
 def _entry(slots: Any) -> None:
     whole = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
     a = alloca(ALL_SLOTS, numba.int64)
-    thread, threads = who(whole)
+    thread, threads = thread_id(whole)
     if whole[STAGES] != ONLY_LAST:
         for index in range(whole[SETS]):
             select(whole, a, index)
             work(a, thread, threads, stored, param, acc, form)
             if whole[SETS] > 1 and whole[PARTS] != 0:
-                meet(whole)  # the next set uses the same memory between its passes
+                barrier(whole)  # the next set uses the same memory between its passes
     finish(whole, a, thread, param)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from batchnorm.activations import Activation
 from batchnorm.kernels import launch
 from batchnorm.kernels.form import WEIGHTED, Form
+from batchnorm.kernels.loops.table import packed_sets
 from batchnorm.kernels.plans import PER_THREAD, Plan, planned, split_or_fused
 
 
@@ -46,11 +47,11 @@ class Sets(NamedTuple):
     def packed(self, plan: Plan) -> bytes:
         lines = {"planes": plan.channels, "rows": plan.space, "small": 1}[plan.kind]
         rows, limits = (2, (0.0, 0.0)) if self.limits is None else (4, self.limits)
-        slots = launch.SetSlots(
-            self.number, self.size, lines * plan.row_bits // 8, rows, plan.dtype.itemsize,
-            _address(self.weights), _address(self.counts), *limits,
+        return packed_sets(
+            SETS=self.number, SET_SIZE=self.size, BITS_SAMPLE=lines * plan.row_bits // 8, MOMENT_ROWS=rows,
+            ITEM=plan.dtype.itemsize, WEIGHTS=_address(self.weights), COUNTS=_address(self.counts),
+            R_MAX=limits[0], D_MAX=limits[1],
         )  # fmt: skip
-        return slots.packed()
 
 
 def sets_of(
@@ -73,7 +74,7 @@ class Gradients(NamedTuple):
 
 
 # --- launching ---
-# What is packed below are the slots that loops/slots.py names X, DY, OUT … PARAMETER, in that order.
+# What is packed below are the slots that loops/table.py names X, DY, OUT … PARAMETER, in that order.
 
 
 def forward(

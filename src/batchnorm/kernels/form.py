@@ -10,9 +10,9 @@ class Form(NamedTuple):
 
     activation: str | None = None
     residual: bool = False  # z = normalized + residual, and the loop reads the residual
-    bits: bool = False  # the forward writes, and the backward reads, a bit an element instead of z
+    slope_bits: bool = False  # the forward writes, and the backward reads, a bit an element instead of z
     inplace: bool = False  # the backward finds y where x was
-    given: bool = False  # the moments do not depend on x, as in evaluation
+    fixed_moments: bool = False  # the moments do not depend on x, as in evaluation
     weighted: bool = False  # positions have weights; those of weight 0 are neither read nor anything but 0 in y and dx
 
 

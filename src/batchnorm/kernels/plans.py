@@ -15,12 +15,11 @@ from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import launch
 from batchnorm.kernels.form import PLAIN, Form
+from batchnorm.kernels.loops.table import COLUMNS, GROUP
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
 _SMALL_SPACE = 32  # runs shorter than this are seen as columns
-_COLUMNS = 512  # the loops' limit of columns in a block
-_GROUP = 16  # the loops' limit of channels in a group
 _LONG = 16384  # neighbours in one part of a long run
 PER_THREAD = 32 * 1024  # bytes that are worth waking a thread for
 
@@ -230,13 +229,13 @@ def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> 
     if kind == "planes":
         if channels >= 8 or batch * channels * space * itemsize <= _SLAB:
             fits = _SLAB // (batch * space * itemsize)
-            return True, 0, max(1, min(_GROUP, fits, channels // 16))
+            return True, 0, max(1, min(GROUP, fits, channels // 16))
         return False, *_cut_planes(space)
     if kind == "small":
-        return True, 0, _COLUMNS // space * space
+        return True, 0, COLUMNS // space * space
     rows = batch * space
-    if rows * min(_COLUMNS, channels) * itemsize <= _SLAB:
-        return True, 0, _COLUMNS
+    if rows * min(COLUMNS, channels) * itemsize <= _SLAB:
+        return True, 0, COLUMNS
     return False, *_cut_rows(rows, channels, itemsize)
 
 

@@ -183,7 +183,7 @@ def compiled(form: Form) -> Any:
     module: Any = types.ModuleType(f"form_{form}")
     for name in ("value", "gradient", "off", "inverse"):
         setattr(module, name, loop(getattr(activation, name)))
-    module.RESIDUAL, module.BITS, module.INPLACE, module.GIVEN, module.WEIGHTED = form[1:]
+    module.RESIDUAL, module.SLOPE_BITS, module.INPLACE, module.FIXED_MOMENTS, module.WEIGHTED = form[1:]
     module.ACTIVE = form.activation is not None
-    module.FROM_Z = form.inplace or (module.ACTIVE and not form.bits)  # the backward needs z itself
+    module.FROM_Z = form.inplace or (module.ACTIVE and not form.slope_bits)  # the backward needs z itself
     return module
