@@ -239,7 +239,7 @@ def guarded(kind: Kind = "bands") -> Iterator[Guard]:
     watching = [
         module
         for name, module in list(sys.modules.items())
-        if name.startswith(("batchnorm.kernels.", "batchnorm.estimation", "batchnorm.functional"))
+        if name.startswith(("batchnorm.kernels.", "batchnorm.estimation", "batchnorm.backends", "batchnorm.fast_path"))
         and getattr(module, "torch", None) is torch
     ]
     launch.Kernel.__call__ = watched  # type: ignore[method-assign]
