@@ -90,7 +90,7 @@ def sets_forward(
     N, C = x.shape[:2]
     parts = max(-(-N // size) if size else 1, 1)
     rows = size if parts > 1 else N
-    wide = x.to(accumulate_dtype(x)).reshape(N, C, math.prod(x.shape[2:]))
+    wide = _viewable(x, x).reshape(N, C, math.prod(x.shape[2:]))
     added = parts * rows - N
     if added and weights is None:
         weights = wide.new_ones(N, wide.shape[2])
@@ -231,4 +231,12 @@ def _all_but_channel(x: Tensor) -> tuple[int, ...]:
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape ``(C,)`` so that it broadcasts against ``(N, C, *space)``, in the dtype that is computed in."""
-    return values.to(accumulate_dtype(x)).reshape(values.shape[0], *(1,) * (x.dim() - 2))
+    return _viewable(values, x).reshape(values.shape[0], *(1,) * (x.dim() - 2))
+
+
+def _viewable(t: Tensor, x: Tensor) -> Tensor:
+    """In the dtype that is computed in, and without a negative bit.
+
+    torch (2.13) makes no view of a dual tensor whose primal has that bit and whose tangent has not.
+    """
+    return t.to(accumulate_dtype(x)).resolve_neg()
