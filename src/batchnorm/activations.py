@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,36 +25,26 @@ class Activation(NamedTuple):
     parameter: float = 0.0
 
 
-# name: (function of z and the parameter, the parameter where nobody gives one, torch.nn's module)
-_KNOWN: dict[str, tuple[Callable[[Tensor, float], Tensor], float, Callable[[float], nn.Module]]] = {
-    "relu": (lambda z, p: F.relu(z), 0.0, lambda p: nn.ReLU()),
-    "leaky_relu": (lambda z, p: F.leaky_relu(z, p), 0.01, lambda p: nn.LeakyReLU(p)),
-    "relu6": (lambda z, p: F.relu6(z), 0.0, lambda p: nn.ReLU6()),
-    "silu": (lambda z, p: F.silu(z), 0.0, lambda p: nn.SiLU()),
-    "hardswish": (lambda z, p: F.hardswish(z), 0.0, lambda p: nn.Hardswish()),
-    "gelu": (lambda z, p: F.gelu(z), 0.0, lambda p: nn.GELU()),
-    "gelu_tanh": (lambda z, p: F.gelu(z, approximate="tanh"), 0.0, lambda p: nn.GELU("tanh")),
-    "elu": (lambda z, p: F.elu(z, p), 1.0, lambda p: nn.ELU(p)),
+class _Known(NamedTuple):
+    function: Callable[..., Tensor]
+    module: Callable[..., nn.Module]
+    attribute: str | None = None  # where a module has the parameter
+    default: float = 0.0  # of the parameter
+
+
+_KNOWN = {
+    "relu": _Known(F.relu, nn.ReLU),
+    "leaky_relu": _Known(F.leaky_relu, nn.LeakyReLU, "negative_slope", 0.01),
+    "relu6": _Known(F.relu6, nn.ReLU6),
+    "silu": _Known(F.silu, nn.SiLU),
+    "hardswish": _Known(F.hardswish, nn.Hardswish),
+    "gelu": _Known(F.gelu, nn.GELU),
+    "gelu_tanh": _Known(partial(F.gelu, approximate="tanh"), partial(nn.GELU, "tanh")),
+    "elu": _Known(F.elu, nn.ELU, "alpha", 1.0),
 }
-_FUNCTIONS: dict[Any, str] = {
-    torch.relu: "relu",
-    F.relu: "relu",
-    Tensor.relu: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    F.gelu: "gelu",
-    F.elu: "elu",
-}
-_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {  # the module's name here, and where its parameter is
-    nn.ReLU: ("relu", None),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.ReLU6: ("relu6", None),
-    nn.SiLU: ("silu", None),
-    nn.Hardswish: ("hardswish", None),
-    nn.ELU: ("elu", "alpha"),
-}
+_FUNCTIONS: dict[Any, str] = {known.function: name for name, known in _KNOWN.items()}
+_FUNCTIONS |= dict.fromkeys((torch.relu, Tensor.relu), "relu")
+_MODULES: dict[Any, str] = {known.module: name for name, known in _KNOWN.items()}
 
 
 def activation_of(given: Any) -> Activation | None:
@@ -71,7 +62,7 @@ def activation_of(given: Any) -> Activation | None:
     if given is None or isinstance(given, Activation):
         return given
     if isinstance(given, str):
-        return Activation(given, _known(given)[1])
+        return Activation(given, _known(given).default)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str):
         _known(given[0])
         return Activation(given[0], float(given[1]))
@@ -85,10 +76,10 @@ def activation_of(given: Any) -> Activation | None:
         name = None
     if name is None:
         raise TypeError(f"cannot fuse {given!r}: give one of {', '.join(_KNOWN)}, or the torch module or function")
-    return Activation(name, _known(name)[1])
+    return Activation(name, _known(name).default)
 
 
-def _known(name: str) -> tuple[Callable[[Tensor, float], Tensor], float, Callable[[float], nn.Module]]:
+def _known(name: str) -> _Known:
     if name not in _KNOWN:
         raise ValueError(f"unknown activation {name!r}: choose from {', '.join(_KNOWN)}")
     return _KNOWN[name]
@@ -96,21 +87,26 @@ def _known(name: str) -> tuple[Callable[[Tensor, float], Tensor], float, Callabl
 
 def _from_module(module: nn.Module) -> Activation:
     kind = type(module)  # not a subclass, which may do anything
-    if kind is nn.GELU:
-        return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
     if kind not in _MODULES:
-        raise TypeError(
-            f"cannot fuse {module}: the modules known are {', '.join(sorted(k.__name__ for k in (*_MODULES, nn.GELU)))}"
-        )
-    name, attribute = _MODULES[kind]
+        known = sorted(k.__name__ for k in _MODULES if isinstance(k, type))
+        raise TypeError(f"cannot fuse {module}: the modules known are {', '.join(known)}")
+    name = _MODULES[kind]
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        name = "gelu_tanh"
+    attribute = _KNOWN[name].attribute
     return Activation(name, 0.0 if attribute is None else float(getattr(module, attribute)))
 
 
 def applied(activation: Activation | None, z: Tensor) -> Tensor:
     """Apply an activation with torch's own operator."""
-    return z if activation is None else _KNOWN[activation.name][0](z, activation.parameter)
+    return z if activation is None else _with_parameter(_KNOWN[activation.name].function, activation, z)
 
 
 def module_of(activation: Activation) -> nn.Module:
     """Build the module of ``torch.nn`` that does the same."""
-    return _KNOWN[activation.name][2](activation.parameter)
+    made: nn.Module = _with_parameter(_KNOWN[activation.name].module, activation)
+    return made
+
+
+def _with_parameter(make: Callable[..., Any], activation: Activation, *args: Any) -> Any:
+    return make(*args) if _KNOWN[activation.name].attribute is None else make(*args, activation.parameter)

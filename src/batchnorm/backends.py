@@ -44,7 +44,7 @@ def _train(call: Call) -> Tensor:
 
 
 def train_numba(call: Call, x: Tensor, plan: plans.Plan, sets: Sets | None = None) -> Tensor:
-    """Let the loops normalize, and move the running statistics unless these wait for other batches.
+    """Normalize and move the running statistics, unless these wait for other batches.
 
     Args:
         call: what is asked for.

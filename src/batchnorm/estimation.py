@@ -51,9 +51,9 @@ def _train(call: Call) -> Tensor:
     if kernel == "reference":
         y, moments = _by_operations(call, size, weights, group)
     elif group is None:
-        y, moments = _by_loops(call, size, weights)
+        y, moments = _by_numba(call, size, weights)
     else:
-        y, moments = _by_loops_together(call, weights, group)
+        y, moments = _by_numba_synchronized(call, weights, group)
     if call.updates:
         if call.statistics.accumulated is not None:
             _accumulate(call, call.statistics.accumulated, moments)
@@ -99,7 +99,7 @@ def _group(sync: Sync, x: Tensor) -> Group:
 # --- by the Numba kernel ---
 
 
-def _by_loops(call: Call, size: int, weights: Tensor | None) -> tuple[Tensor, Moments]:
+def _by_numba(call: Call, size: int, weights: Tensor | None) -> tuple[Tensor, Moments]:
     x, plan = plans.laid_out_sets(call.x, size, weights is not None)
     sets = cpu.sets_of(plan, size, weights, _limits(call))
     y = backends.train_numba(call, x, plan, sets)
@@ -115,7 +115,7 @@ def _by_loops(call: Call, size: int, weights: Tensor | None) -> tuple[Tensor, Mo
     return y, Moments(count, found[:, 0], found[:, 1] * count)
 
 
-def _by_loops_together(call: Call, weights: Tensor | None, group: Group) -> tuple[Tensor, Moments]:
+def _by_numba_synchronized(call: Call, weights: Tensor | None, group: Group) -> tuple[Tensor, Moments]:
     """With the moments of all processes, of which this one's tensor may be empty."""
     N, C = call.x.shape[:2]
     x, sets, values = call.x, cpu.Sets(N or 1), 0.0

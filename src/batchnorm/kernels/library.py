@@ -41,9 +41,8 @@ def _train(
     read, plan = plans.laid_out(x)
     _check(plan, weight, bias, residual)
     epilogue = _epilogue(activation, parameter, residual, read)
-    found = cpu.forward(read, plan, gate.ready(weight, plan), gate.ready(bias, plan), None, eps, epilogue)
     record.forward = "numba"
-    return found
+    return cpu.forward(read, plan, gate.ready(weight, plan), gate.ready(bias, plan), None, eps, epilogue)
 
 
 def _check(plan: plans.Plan, weight: Tensor | None, bias: Tensor | None, *like_x: Tensor | None) -> None:
@@ -71,7 +70,7 @@ def _train_backward(
     parameter: float,
     moments: Tensor,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     read, plan = plans.laid_out(x)
     _check(plan, weight, bias, residual, dy)
     moments = gate.flat("moments", moments, torch.float64, plan.moments.shape)
@@ -88,7 +87,7 @@ def _train_backward(
         for t, like in ((found.weight, weight), (found.bias, bias))
     )
     grad_residual = plan.empty_like(read).copy_(dy) if want_residual and activation is None else found.residual
-    return tuple(x.new_empty(0) if t is None else t for t in (found.x, *parameters, grad_residual))  # type: ignore[return-value]
+    return tuple(x.new_empty(0) if t is None else t for t in (found.x, *parameters, grad_residual))
 
 
 def _promised(x: Tensor) -> Tensor:
@@ -97,35 +96,18 @@ def _promised(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("batchnorm::train")
-def _train_fake(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    parameter: float,
-) -> tuple[Tensor, Tensor]:
+def _train_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _promised(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("batchnorm::train_backward")
 def _train_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    parameter: float,
-    moments: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *more: Any
+) -> tuple[Tensor, ...]:
     own = torch.float64 if x.dtype == torch.float64 else torch.float32
     vectors = (x.new_empty(x.shape[1], dtype=own if t is None else t.dtype) for t in (weight, bias))
-    found = (_promised(x), *vectors, _promised(x))
-    return tuple(t if want else x.new_empty(0) for t, want in zip(found, wanted, strict=True))  # type: ignore[return-value]
+    grads, wanted = (_promised(x), *vectors, _promised(x)), more[-1]
+    return tuple(t if want else x.new_empty(0) for t, want in zip(grads, wanted, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

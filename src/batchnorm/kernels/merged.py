@@ -97,7 +97,7 @@ class _Merged(torch.autograd.Function):
             merging.backward(own)
             dx, dz = torch.zeros_like(dy), torch.zeros_like(dy)
         else:
-            x, weight, bias, residual, bits = gated(plan, *ctx.saved_tensors)
+            x, weight, bias, residual, bits = gated(plan, ctx.saved_tensors)
             assert x is not None
             dx, dz, own = cpu.backward_of_merged(
                 dy, x, plan, weight, bias, moments, eps, Epilogue(activation, residual), bits, needs[3], sets,

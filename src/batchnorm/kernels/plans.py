@@ -1,4 +1,4 @@
-"""How a tensor is seen by the loops on the CPU, and how the work is divided.
+"""How the Numba kernel's loops see a tensor, and how the work is divided.
 
 The division depends on the tensor's shape alone, so that results are the same for any number of threads.
 """
