@@ -91,7 +91,7 @@ def like_x(name: str, t: Tensor, plan: Plan) -> Tensor:
         and not t.is_neg()
     ):
         return t
-    check(name, t, plan.dtype, shape)
+    check_saved(name, t, plan.dtype, shape)
     return torch.empty_strided(shape, strides, dtype=plan.dtype, device="cpu").copy_(t)
 
 
@@ -102,12 +102,12 @@ def parameter(name: str, t: Tensor | None, plan: Plan) -> Tensor | None:
 
 def flat(name: str, t: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     """A saved tensor that is contiguous: itself, or a copy."""
-    check(name, t, dtype, shape)
+    check_saved(name, t, dtype, shape)
     whole = type(t) in PLAIN and t.is_contiguous() and not t.is_neg()
     return t if whole else torch.empty(shape, dtype=dtype, device="cpu").copy_(t)
 
 
-def check(name: str, t: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+def check_saved(name: str, t: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
     """Raise what torch raises where a saved tensor has become one of another device, layout, dtype or size."""
     since = (
         "it has changed since the forward: by saved_tensors_hooks, by an assignment to .data, or by half() or double() "

@@ -39,13 +39,13 @@ def _train(
     parameter: float,
 ) -> tuple[Tensor, Tensor]:
     read, plan = plans.laid_out(x)
-    _check(plan, weight, bias, residual)
+    _check_sizes(plan, weight, bias, residual)
     epilogue = _epilogue(activation, parameter, residual, read)
     record.forward = "numba"
     return cpu.forward(read, plan, gate.ready(weight, plan), gate.ready(bias, plan), None, eps, epilogue)
 
 
-def _check(plan: plans.Plan, weight: Tensor | None, bias: Tensor | None, *like_x: Tensor | None) -> None:
+def _check_sizes(plan: plans.Plan, weight: Tensor | None, bias: Tensor | None, *like_x: Tensor | None) -> None:
     """Sizes and dtypes, whoever calls the operators: nothing is read or written outside of a tensor."""
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != plan.vector:
@@ -72,7 +72,7 @@ def _train_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     read, plan = plans.laid_out(x)
-    _check(plan, weight, bias, residual, dy)
+    _check_sizes(plan, weight, bias, residual, dy)
     moments = gate.flat("moments", moments, torch.float64, plan.moments.shape)
     want_x, want_weight, want_bias, want_residual = wanted
     found = cpu.backward(

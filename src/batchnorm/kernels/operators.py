@@ -167,7 +167,7 @@ def _by_operations(
     names, likes = ("input", "weight", "bias", "residual"), (of_x, of_channel, of_channel, of_x)
     for name, t, want, like in zip(names, saved[:4], wanted, likes, strict=True):
         if t is not None:
-            gate.check(name, t, *like)
+            gate.check_saved(name, t, *like)
             inputs.append(_alias(t, want))
         elif want or name == "input":  # y is affine in it: whatever it is, the gradient is the same
             inputs.append(torch.zeros(like[1], dtype=like[0], device="cpu", requires_grad=want))

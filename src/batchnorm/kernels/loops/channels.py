@@ -239,3 +239,57 @@ def backward_combine(a, thread, threads, param, acc):
 def sums_wanted(a):
     """Whether anything depends on the sums over a channel: only fixed moments with constant parameters do without."""
     return as_float(a, SHARE) != 0.0 or a[GRAD_WEIGHT] != 0 or a[GRAD_BIAS] != 0
+
+
+# One launch for separate passes and what lies between them.
+
+
+def split_forward(reduce, apply):
+    """The body of a forward whose passes are these two."""
+
+    @body
+    def split(a, thread, threads, stored, param, acc, form):
+        if stage_enabled(a, 0):
+            reduce(a, thread, threads, stored, acc, form)
+        barrier(a)
+        if stage_enabled(a, 1):
+            combine(a, thread, threads, stored, param, acc, form)
+        barrier(a)
+        if stage_enabled(a, 2):
+            apply(a, thread, threads, stored, acc, form)
+
+    return split
+
+
+def split_backward(reduce, apply):
+    """The body of a backward whose passes are these two."""
+
+    @body
+    def split(a, thread, threads, stored, param, acc, form):
+        if stage_enabled(a, 0):
+            backward_prepare(a, thread, threads, param, acc, form)
+        barrier(a)
+        if stage_enabled(a, 1) and sums_wanted(a):
+            reduce(a, thread, threads, stored, acc, form)
+        barrier(a)
+        if stage_enabled(a, 2):
+            backward_combine(a, thread, threads, param, acc)
+        barrier(a)
+        if stage_enabled(a, 3) and a[OUT] != 0:
+            apply(a, thread, threads, stored, acc, form)
+
+    return split
+
+
+def evaluating(apply):
+    """The body of a normalization with fixed moments."""
+
+    @body
+    def evaluate(a, thread, threads, stored, param, acc, form):
+        if stage_enabled(a, 0):
+            prepare(a, thread, threads, param, acc)
+        barrier(a)
+        if stage_enabled(a, 1):
+            apply(a, thread, threads, stored, acc, form)
+
+    return evaluate

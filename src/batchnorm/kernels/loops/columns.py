@@ -8,26 +8,22 @@ from __future__ import annotations
 from batchnorm.kernels.elementary import like
 from batchnorm.kernels.loops.channels import (
     backward_coefficients,
-    backward_combine,
-    backward_prepare,
-    combine,
+    evaluating,
     forward_coefficients,
     origin_of,
-    prepare,
-    sums_wanted,
+    split_backward,
+    split_forward,
     unpacking,
     write_moments,
 )
 from batchnorm.kernels.loops.forms import activated, counted, input_gradient, put, residual_at, weighed
 from batchnorm.kernels.loops.slots import (
     as_float,
-    barrier,
     body,
     f64,
     lanewise,
     loop,
     share,
-    stage_enabled,
     u8,
 )
 from batchnorm.kernels.loops.table import *
@@ -475,40 +471,6 @@ def rows_backward_apply(a, thread, threads, stored, acc, form):
         fence()
 
 
-# One launch for separate passes and what lies between them.
-
-
-@body
-def rows_split_forward(a, thread, threads, stored, param, acc, form):
-    if stage_enabled(a, 0):
-        rows_reduce(a, thread, threads, stored, acc, form)
-    barrier(a)
-    if stage_enabled(a, 1):
-        combine(a, thread, threads, stored, param, acc, form)
-    barrier(a)
-    if stage_enabled(a, 2):
-        rows_apply(a, thread, threads, stored, acc, form)
-
-
-@body
-def rows_split_backward(a, thread, threads, stored, param, acc, form):
-    if stage_enabled(a, 0):
-        backward_prepare(a, thread, threads, param, acc, form)
-    barrier(a)
-    if stage_enabled(a, 1) and sums_wanted(a):
-        rows_backward_reduce(a, thread, threads, stored, acc, form)
-    barrier(a)
-    if stage_enabled(a, 2):
-        backward_combine(a, thread, threads, param, acc)
-    barrier(a)
-    if stage_enabled(a, 3) and a[OUT] != 0:
-        rows_backward_apply(a, thread, threads, stored, acc, form)
-
-
-@body
-def rows_evaluate(a, thread, threads, stored, param, acc, form):
-    if stage_enabled(a, 0):
-        prepare(a, thread, threads, param, acc)
-    barrier(a)
-    if stage_enabled(a, 1):
-        rows_apply(a, thread, threads, stored, acc, form)
+rows_split_forward = split_forward(rows_reduce, rows_apply)
+rows_split_backward = split_backward(rows_backward_reduce, rows_backward_apply)
+rows_evaluate = evaluating(rows_apply)

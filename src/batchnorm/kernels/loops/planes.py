@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from batchnorm.kernels.loops.channels import (
     backward_coefficients,
-    backward_combine,
-    backward_prepare,
-    combine,
+    evaluating,
     forward_coefficients,
-    prepare,
-    sums_wanted,
+    split_backward,
+    split_forward,
     unpacking,
     weighted_shift,
     write_moments,
@@ -30,12 +28,10 @@ from batchnorm.kernels.loops.forms import (
 )
 from batchnorm.kernels.loops.slots import (
     as_float,
-    barrier,
     body,
     f64,
     loop,
     share,
-    stage_enabled,
     u8,
 )
 from batchnorm.kernels.loops.table import *
@@ -222,6 +218,18 @@ def run_apply(a, at, place, bit, n, mean, scale, shift, stored, acc, form):
 
 
 @loop
+def weighed_pair(x, dy, r, weights, i, step, k, scale, shift, bits, bit, p, form):
+    """(dz, x − mean) of the 16 values from i on, in two vectors of each, and the weights of their positions."""
+    v, w = load_pair(x, i)
+    rv, rw = residual_pair(r, i, v, form)
+    gv, gw = gradient_pair(dy, i, step)
+    wv, ww = weight_pair(weights, i, x, v, form)
+    gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i, p, wv, form)
+    gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, ww, form)
+    return gv, v, gw, w, wv, ww
+
+
+@loop
 def run_backward_sums(a, at, place, g, bit, n, k, scale, shift, stored, acc, form):
     """Σdz and Σdz·(x − mean) in float64 over n neighbours; dy begins at g, weights at `place`."""
     x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
@@ -232,29 +240,14 @@ def run_backward_sums(a, at, place, g, bit, n, k, scale, shift, stored, acc, for
     s, t = 0.0, 0.0
     i = 0
     while i + 32 <= n:
-        v, w = load_pair(x, i)
-        rv, rw = residual_pair(r, i, v, form)
-        gv, gw = gradient_pair(dy, i, step)
-        wv, ww = weight_pair(weights, i, x, v, form)
-        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i, p, wv, form)
-        gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, ww, form)
+        gv, v, gw, w, _, _ = weighed_pair(x, dy, r, weights, i, step, k, scale, shift, bits, bit, p, form)
         s0, t0 = gv + gw, fma(w, gw, v * gv)
-        v, w = load_pair(x, i + 16)
-        rv, rw = residual_pair(r, i + 16, v, form)
-        gv, gw = gradient_pair(dy, i + 16, step)
-        wv, ww = weight_pair(weights, i + 16, x, v, form)
-        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i + 16, p, wv, form)
-        gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 24, p, ww, form)
+        gv, v, gw, w, _, _ = weighed_pair(x, dy, r, weights, i + 16, step, k, scale, shift, bits, bit, p, form)
         s_all = s_all + convert(s0 + (gv + gw), f64)
         t_all = t_all + convert(t0 + fma(w, gw, v * gv), f64)
         i += 32
     if i + 16 <= n:  # a pair again, since only pairs know where their lanes' bits are
-        v, w = load_pair(x, i)
-        rv, rw = residual_pair(r, i, v, form)
-        gv, gw = gradient_pair(dy, i, step)
-        wv, ww = weight_pair(weights, i, x, v, form)
-        gv, v = weighed(gv, v, rv, k, scale, shift, bits, bit + i, p, wv, form)
-        gw, w = weighed(gw, w, rw, k, scale, shift, bits, bit + i + 8, p, ww, form)
+        gv, v, gw, w, _, _ = weighed_pair(x, dy, r, weights, i, step, k, scale, shift, bits, bit, p, form)
         s_all = s_all + convert(gv + gw, f64)
         t_all = t_all + convert(fma(w, gw, v * gv), f64)
         i += 16
@@ -306,12 +299,7 @@ def run_backward_apply(a, at, place, g, bit, n, k, ca, cb, cc, shift, stored, ac
     step, bits, p, streaming = a[DY_SPACE], pointer(a[SLOPE_BITS], u8), acc(as_float(a, PARAMETER)), a[STREAM] != 0
     i = 0
     while i + 16 <= n:
-        v, w = load_pair(x, i)
-        rv, rw = residual_pair(r, i, v, form)
-        gv, gw = gradient_pair(dy, i, step)
-        wv, ww = weight_pair(weights, i, x, v, form)
-        gv, v = weighed(gv, v, rv, k, ca, shift, bits, bit + i, p, wv, form)
-        gw, w = weighed(gw, w, rw, k, ca, shift, bits, bit + i + 8, p, ww, form)
+        gv, v, gw, w, wv, ww = weighed_pair(x, dy, r, weights, i, step, k, ca, shift, bits, bit, p, form)
         v, w = input_gradient(gv, v, wv, ca, cb, cc, form), input_gradient(gw, w, ww, ca, cb, cc, form)
         put_pair(dx, i, v, w, streaming)
         if gives:
@@ -455,40 +443,6 @@ def planes_backward_apply(a, thread, threads, stored, acc, form):
         fence()
 
 
-# One launch for separate passes and what lies between them.
-
-
-@body
-def planes_split_forward(a, thread, threads, stored, param, acc, form):
-    if stage_enabled(a, 0):
-        planes_reduce(a, thread, threads, stored, acc, form)
-    barrier(a)
-    if stage_enabled(a, 1):
-        combine(a, thread, threads, stored, param, acc, form)
-    barrier(a)
-    if stage_enabled(a, 2):
-        planes_apply(a, thread, threads, stored, acc, form)
-
-
-@body
-def planes_split_backward(a, thread, threads, stored, param, acc, form):
-    if stage_enabled(a, 0):
-        backward_prepare(a, thread, threads, param, acc, form)
-    barrier(a)
-    if stage_enabled(a, 1) and sums_wanted(a):
-        planes_backward_reduce(a, thread, threads, stored, acc, form)
-    barrier(a)
-    if stage_enabled(a, 2):
-        backward_combine(a, thread, threads, param, acc)
-    barrier(a)
-    if stage_enabled(a, 3) and a[OUT] != 0:
-        planes_backward_apply(a, thread, threads, stored, acc, form)
-
-
-@body
-def planes_evaluate(a, thread, threads, stored, param, acc, form):
-    if stage_enabled(a, 0):
-        prepare(a, thread, threads, param, acc)
-    barrier(a)
-    if stage_enabled(a, 1):
-        planes_apply(a, thread, threads, stored, acc, form)
+planes_split_forward = split_forward(planes_reduce, planes_apply)
+planes_split_backward = split_backward(planes_backward_reduce, planes_backward_apply)
+planes_evaluate = evaluating(planes_apply)
