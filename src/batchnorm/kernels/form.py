@@ -18,3 +18,16 @@ class Form(NamedTuple):
 
 PLAIN = Form()
 WEIGHTED = Form(weighted=True)
+
+
+class Key(NamedTuple):
+    """Which machine code: a loop, for a dtype and a form."""
+
+    name: str
+    dtype: str  # "float32", "float64" or "bfloat16"
+    form: Form = PLAIN
+
+    @property
+    def symbol(self) -> str:
+        """The name of its C function."""
+        return "_".join(("batchnorm", self.dtype, self.name, *(str(part) for part in self.form)))
