@@ -20,7 +20,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from batchnorm.kernels import cache
 from batchnorm.kernels.compile import object_code
-from batchnorm.kernels.form import Form, Key
+from batchnorm.kernels.key import Form, Key
 
 VIEWS = ("planes", "small", "rows", "planes_split", "rows_split")
 ALONE = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
@@ -31,10 +31,10 @@ def usual() -> Iterator[Key]:
     """The kernels that training and evaluating convolutional networks needs."""
     for dtype, view in product(("float32", "bfloat16"), VIEWS):
         forms = [Form(activation) for activation in ALONE]
-        forms += [Form(activation, residual=True, bits=True) for activation in WITH_RESIDUAL]
+        forms += [Form(activation, residual=True, slope_bits=True) for activation in WITH_RESIDUAL]
         for form in forms:
             yield Key(f"{view}_forward", dtype, form)
-            yield Key(f"{view}_backward", dtype, form._replace(residual=form.residual and not form.bits))
+            yield Key(f"{view}_backward", dtype, form._replace(residual=form.residual and not form.slope_bits))
     for dtype, view in product(("float32", "bfloat16"), ("planes", "rows")):
         for activation in ALONE:
             yield Key(f"{view}_evaluate", dtype, Form(activation))

@@ -65,7 +65,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 def streaming(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor counts as larger than the cache, so that output is written around it wherever its shape allows."""
     monkeypatch.setattr(plans, "_beyond_cache", lambda: 0)
-    caches = plans.plan, plans.given_plan, plans.sets_plan, plans.planned
+    caches = plans.plan, plans.inference_plan, plans.sets_plan, plans.planned
     for cached in caches:
         cached.cache_clear()
     yield

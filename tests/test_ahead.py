@@ -14,7 +14,7 @@ import pytest
 
 from batchnorm.kernels import ahead, cache, launch
 from batchnorm.kernels.compile import object_code
-from batchnorm.kernels.form import Form, Key
+from batchnorm.kernels.key import Form, Key
 from waiting import HANGS_AFTER
 
 KEYS = [Key("planes_forward", "float32"), Key("rows_evaluate", "float32", Form("relu"))]
@@ -70,24 +70,28 @@ def test_a_worker_that_gives_nothing_is_not_waited_for(happens: str, monkeypatch
     worker.process.kill()
 
 
-def test_a_process_that_cannot_start_or_has_no_place_for_files_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    for refuse in (
-        lambda: monkeypatch.setattr(sys, "executable", "/usr/bin/uwsgi"),  # which has Python built in
-        lambda: monkeypatch.setattr(sys, "executable", None),
-        lambda: monkeypatch.setattr(sys, "frozen", True, raising=False),
-        lambda: monkeypatch.setattr(sys, "executable", "/nowhere/python"),
-        lambda: monkeypatch.setattr(cache, "build", lambda: None),
-    ):
-        refuse()
+@pytest.mark.parametrize(
+    "executable", ["/usr/bin/uwsgi", None, "", "/nowhere/python"], ids=["Python built in", "unknown", "empty", "gone"]
+)
+def test_where_no_python_can_be_started_none_is(executable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    ahead.expect(KEYS, 2)
+    assert ahead._workers == []
+
+
+def test_a_frozen_program_and_one_without_a_place_for_files_start_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as frozen:
+        frozen.setattr(sys, "frozen", True, raising=False)
         ahead.expect(KEYS, 2)
-        assert ahead._workers == []
-        monkeypatch.undo()
+    monkeypatch.setattr(cache, "build", lambda: None)
+    ahead.expect(KEYS, 2)
+    assert ahead._workers == []
 
 
 def test_no_worker_outlives_the_process_that_started_it() -> None:
     program = """
 from batchnorm.kernels import ahead
-from batchnorm.kernels.form import Key
+from batchnorm.kernels.key import Key
 ahead.expect([Key("planes_forward", "float32"), Key("planes_backward", "float32")], 2)
 print(*(worker.process.pid for worker in ahead._workers))
 """
@@ -101,7 +105,7 @@ print(*(worker.process.pid for worker in ahead._workers))
 
 def test_a_forward_that_is_compiled_has_its_backward_compiled_beside_it(threads: Callable[[int], None]) -> None:
     threads(2)
-    forward = Key("rows_forward", "float32", Form("relu", residual=True, bits=True))
+    forward = Key("rows_forward", "float32", Form("relu", residual=True, slope_bits=True))
     launch._object_code(forward)
-    backward = Key("rows_backward", "float32", Form("relu", residual=False, bits=True))
+    backward = Key("rows_backward", "float32", Form("relu", residual=False, slope_bits=True))
     until(lambda: cache.find(backward) is not None)

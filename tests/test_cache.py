@@ -16,7 +16,7 @@ import llvmlite.binding
 import pytest
 
 from batchnorm.kernels import cache
-from batchnorm.kernels.form import Form, Key
+from batchnorm.kernels.key import Form, Key
 from test_processes import PROGRAM, copied_package, give_up_writing_anywhere
 from waiting import HANGS_AFTER
 

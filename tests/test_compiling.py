@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import Key
+from batchnorm.kernels.key import Key
 
 LIMIT = 900  # seconds
 KEY = Key("planes_forward", "float32")
@@ -196,7 +196,7 @@ def test_the_locks_that_a_fork_waits_for_are_numbas_and_llvms() -> None:
 def test_what_a_form_never_does_is_not_compiled(weighted: bool) -> None:
     script = f"""
 from batchnorm.kernels.compile import object_code
-from batchnorm.kernels.form import Form, Key
+from batchnorm.kernels.key import Form, Key
 from batchnorm.kernels.loops import planes
 object_code(Key("planes_forward", "float32", Form(weighted={weighted})))
 print(*(name for name, f in vars(planes).items() if getattr(f, "signatures", None)))

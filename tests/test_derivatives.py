@@ -159,3 +159,27 @@ def test_a_residual_that_depends_on_the_input(activation: str | None, training: 
         ours = found(True)
     for one, right in zip(ours, found(False), strict=True):
         torch.testing.assert_close(one, right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("negative", ["x", "weight", "bias", "mean"])
+@pytest.mark.parametrize("call", ["train", "eval", "ghost", "mask", "conditional"])
+def test_forward_mode_derivatives_of_tensors_with_a_negative_bit(call: str, negative: str) -> None:
+    """torch makes no views of a dual tensor whose primal alone has it."""
+    x, weight, bias = inputs((4, 3, 2, 2), False)
+    mean, var = torch.linspace(-1, 1, 3).double(), torch.linspace(0.5, 2, 3).double()
+    given = {"x": x, "mean": mean, "weight": weight, "bias": bias}
+    tangents = tuple(torch.linspace(-1, 2, t.numel()).double().view(t.shape) for t in given.values())
+    more: dict[str, Any] = {"ghost": {"statistics": batchnorm.Ghost(2)}, "mask": {"mask": x[:, 0] > -1}}.get(call, {})
+    layer = batchnorm.ConditionalBatchNorm(3, dtype=torch.float64, track_running_stats=False)
+
+    def normalize(x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if call == "conditional":
+            return layer(x, weight=weight, bias=bias)
+        if call == "eval":
+            return batch_norm(x, mean, var, weight, bias)
+        return batch_norm(x, None, None, weight, bias, training=True, **more)
+
+    right = jvp(normalize, tuple(given.values()), tangents)
+    given[negative] = torch._neg_view(-given[negative])
+    for found, expected in zip(jvp(normalize, tuple(given.values()), tangents), right, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -351,7 +351,7 @@ def test_the_loops_refuse_what_they_cannot_serve_and_others_serve_it(x: Tensor) 
 
 def test_an_unknown_kernel() -> None:
     with (
-        pytest.raises(ValueError, match="unknown kernel 'gpu': choose from cpu, aten, reference"),
+        pytest.raises(ValueError, match="unknown kernel 'gpu': choose from numba, aten, reference"),
         kernels.using("gpu"),
     ):  # type: ignore[arg-type]
         pass

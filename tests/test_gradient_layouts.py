@@ -164,7 +164,7 @@ def test_only_wanted_gradients_are_computed(shape: str, monkeypatch: pytest.Monk
                 assert torch.equal(found, right)
             else:
                 assert found is None
-        assert asked.pop() == wanted
+        assert asked.pop() == (*wanted, False)
 
 
 def test_nothing_is_recorded_where_nothing_is_wanted() -> None:

@@ -12,8 +12,8 @@ import torch
 
 import batchnorm
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import Key
-from batchnorm.kernels.loops import slots as at
+from batchnorm.kernels.key import Key
+from batchnorm.kernels.loops import table as at
 from random_calls import Case, run
 from random_calls.guards import OutsideError, guarded
 

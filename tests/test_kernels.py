@@ -274,7 +274,7 @@ def test_plans_for_other_shapes_of_as_many_channels_hold_no_more_memory(layout: 
     for dtype in (torch.float32, torch.bfloat16):
         for n in range(2, 18):
             x = torch.empty_like(laid((n, C, 1, 2), 0, dtype, layout), device="meta")
-            for planned in (plans.plan, plans.given_plan, lambda *a: plans.sets_plan(*a, 1, False)):
+            for planned in (plans.plan, plans.inference_plan, lambda *a: plans.sets_plan(*a, 1, False)):
                 found = planned(x.shape, x.stride(), dtype)
                 assert found is not None
                 assert (found.moments.shape, found.gradient.shape) == ((2, C), (C,))

@@ -110,26 +110,26 @@ def test_a_case_can_be_printed_and_made_again() -> None:
 
 def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge against a library that is off: in a value, a gradient, a buffer, a layout."""
-    import batchnorm.functional
+    from batchnorm import fast_path
     from batchnorm.kernels import operators
 
     case = Case(0, (5, 3, 7, 7))
     assert run(case) == []
-    train = operators.train_cpu
+    train = operators.normalize
     spoil = {
         "y at": lambda y: y * (1 + 1e-4),
         "y has strides": lambda y: y.transpose(2, 3).contiguous().transpose(2, 3),
     }
     for complaint, change in spoil.items():
-        monkeypatch.setattr(operators, "train_cpu", lambda *a, change=change: change(train(*a)))
+        monkeypatch.setattr(operators, "normalize", lambda *a, change=change: change(train(*a)))
         assert any(complaint in fault for fault in run(case)), complaint
-    monkeypatch.setattr(operators, "train_cpu", train)
+    monkeypatch.setattr(operators, "normalize", train)
     backward = operators.cpu.backward
     monkeypatch.setattr(operators.cpu, "backward", lambda *a: backward(*a)._replace(weight=backward(*a).weight * 1.001))
     assert any("weight's gradient" in fault for fault in run(case))
     monkeypatch.setattr(operators.cpu, "backward", backward)
-    running = batchnorm.functional.cpu.Running
-    monkeypatch.setattr(batchnorm.functional.cpu, "Running", lambda m, v, b, f: running(m, v, b, f + 0.01))
+    running = fast_path.Running
+    monkeypatch.setattr(fast_path, "Running", lambda m, v, b, f: running(m, v, b, f + 0.01))
     assert any("running_mean" in fault for fault in run(case))
 
 

@@ -12,7 +12,7 @@ import torch
 import batchnorm
 from batchnorm.kernels import cache, launch, plans
 from batchnorm.kernels.compile import object_code
-from batchnorm.kernels.form import Key
+from batchnorm.kernels.key import Key
 
 KEY = Key("planes_forward", "float32")
 CODE = b"object file"

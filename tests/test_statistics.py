@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import batchnorm
 from batchnorm import Accumulated, Batch, Ghost, Moments, Renorm, Sync, Warmup, kernels
 from batchnorm.functional import batch_norm
-from batchnorm.statistics import Policy, part
+from batchnorm.statistics import Policy, resolve
 from expected import laid
 
 POLICIES: list[Policy] = [
@@ -69,10 +69,10 @@ def test_what_policies_say_of_themselves() -> None:
 
 
 def test_parts_of_policies() -> None:
-    assert part(Accumulated(2, over=Ghost(3)), Ghost) == Ghost(3)
-    assert part(Renorm(over=Sync()), Sync) == Sync()
-    assert part(Renorm(), Ghost) is None
-    assert part(None, Ghost) is None
+    assert resolve(Accumulated(2, over=Ghost(3))).ghost == Ghost(3)
+    assert resolve(Renorm(over=Sync())).sync == Sync()
+    assert resolve(Renorm()).ghost is None
+    assert resolve(None).ghost is None
 
 
 def test_a_ghost_over_all_processes_cannot_be() -> None:
@@ -129,7 +129,7 @@ def test_copies_and_checkpoints(policy: Policy) -> None:
     fresh = batchnorm.BatchNorm2d(9, statistics=policy)
     assert list(fresh.state_dict()) == list(layer.state_dict())
     fresh.load_state_dict(layer.state_dict())
-    if not policy.KEPT and policy.STATE is not None:
+    if not policy.persistent and policy.buffer is not None:
         layer.accumulated.zero_()  # which is not kept
     same_next_step(fresh, layer)
 

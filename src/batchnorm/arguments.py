@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.activations import INVERTIBLE, Activation
-from batchnorm.statistics import Accumulated, Ghost, Policy, Renorm, Sync, check_policy, part
+from batchnorm.activations import INVERTIBLE
+from batchnorm.kernels.form import Epilogue
+from batchnorm.kernels.running import Running
+from batchnorm.statistics import Policy, Resolved
 
-__all__ = ["NARROW", "Call", "check", "check_mask", "check_residual"]
+__all__ = ["NARROW", "Call", "check", "check_mask", "check_momentum", "check_residual"]
 
 NARROW = (torch.float16, torch.bfloat16)
 _NAMES = {  # what torch calls them in this message
@@ -34,25 +36,21 @@ class Call(NamedTuple):
     """The arguments of one call."""
 
     x: Tensor
-    running_mean: Tensor | None
-    running_var: Tensor | None
+    running: Running
     weight: Tensor | None
     bias: Tensor | None
     training: bool
-    momentum: float | None
     eps: float
-    batches: Tensor | None
-    activation: Activation | None = None
-    residual: Tensor | None = None
-    inplace: bool = False
-    mask: Tensor | None = None
-    statistics: Policy | None = None
-    state: Tensor | None = None
+    epilogue: Epilogue
+    mask: Tensor | None
+    statistics: Resolved
+    state: Tensor | None
+    updates: bool  # whether buffers move: in training, and not in a recomputation
 
 
 def check(call: Call) -> None:
     """Raise what torch would raise, with the sizes and the remedy, before anything is changed."""
-    x, running_mean, running_var, weight, bias, training, momentum, eps, batches = call[:9]
+    x, (running_mean, running_var, batches, momentum), weight, bias, training, eps = call[:6]
     shape, dtype = x.shape, x.dtype
     if len(shape) < 2:
         raise ValueError(f"expected at least 2D input (got {len(shape)}D input): batch_norm needs (N, C, *space)")
@@ -62,7 +60,7 @@ def check(call: Call) -> None:
     channels = shape[1]
     if channels == 0:
         raise ValueError(f"expected at least 1 channel, got input size {shape}: dimension 1 counts the channels")
-    alone = training and part(call.statistics, Sync) is None  # other processes may have more values
+    alone = training and call.statistics.sync is None  # other processes may have more values
     if alone and shape[0] == 1 and x.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}: one value has no variance; "
@@ -72,11 +70,9 @@ def check(call: Call) -> None:
         raise ValueError(
             f"batch_norm eps must be {'positive during training' if training else 'non-negative'}, but got {eps}"
         )
-    if momentum is None:
-        if training and running_mean is not None and batches is None:
-            raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
-    elif not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
+    check_momentum(momentum)
+    if momentum is None and training and running_mean is not None and batches is None:
+        raise ValueError("momentum=None averages over batches and needs num_batches_tracked to count them")
     if running_mean is None or running_var is None:
         if not training:
             name = "running_mean" if running_mean is None else "running_var"
@@ -92,14 +88,20 @@ def check(call: Call) -> None:
         _check_channels("bias", bias, x, channels)
     if batches is not None and batches.device != x.device:
         raise _elsewhere("num_batches_tracked", batches, x)
-    if call.residual is not None:
-        check_residual(call.residual, x)
-    if call.inplace:
+    if call.epilogue.residual is not None:
+        check_residual(call.epilogue.residual, x)
+    if call.epilogue.inplace:
         _check_inplace(call)
     if call.mask is not None:
         check_mask(call.mask, x)
-    if training and call.statistics is not None:
-        _check_policy(call, call.statistics)
+    if training and call.statistics.policy is not None:
+        _check_policy(call, call.statistics.policy)
+
+
+def check_momentum(momentum: float | Tensor | None) -> None:
+    """Raise unless it is the weight of the new value in an average, or None."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:
@@ -126,8 +128,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
 
 
 def _check_policy(call: Call, policy: Policy) -> None:
-    check_policy(policy)
-    x, ghost = call.x, part(policy, Ghost)
+    x, (_, ghost, renorm, _, accumulated) = call.x, call.statistics
     if ghost is not None and call.mask is None and x.numel() > 0:
         last = x.shape[0] % ghost.size or min(ghost.size, x.shape[0])
         if last * (x.numel() // (x.shape[0] * x.shape[1])) == 1:
@@ -136,14 +137,14 @@ def _check_policy(call: Call, policy: Policy) -> None:
                 f"{ghost} leaves {last} sample for {'each' if ghost.size == 1 else 'the last'} part: one value has no "
                 "variance; use a larger size, a batch size that it divides, or eval()"
             )
-    if part(policy, Renorm) is not None and call.running_mean is None:
+    if renorm is not None and call.running.mean is None:
         raise ValueError(
             f"{policy} corrects towards running statistics, and there are none: use track_running_stats=True"
         )
     state = call.state
     wanted = policy.state(x.shape[1])
-    needed = isinstance(policy, Accumulated) or (isinstance(policy, Renorm) and policy.schedule is not None)
-    if needed and state is None and call.running_mean is not None:
+    needed = accumulated is not None or (renorm is not None and renorm.schedule is not None)
+    if needed and state is None and call.running.mean is not None:
         raise ValueError(
             f"{policy} keeps what it knows of earlier batches in state, and there is none: "
             f"pass state=statistics.state({x.shape[1]}), the same one for every batch"
@@ -174,8 +175,8 @@ def check_residual(residual: Tensor, x: Tensor) -> None:
 
 def _check_inplace(call: Call) -> None:
     """Refuse what could not be undone, or must not be overwritten, before anything is."""
-    x, weight, bias, activation = call.x, call.weight, call.bias, call.activation
-    if call.residual is not None:
+    x, weight, bias, (activation, residual, _) = call.x, call.weight, call.bias, call.epilogue
+    if residual is not None:
         raise ValueError("inplace=True keeps no residual, so the input could not be found again: use inplace=False")
     name, parameter = ("identity", 1.0) if activation is None else activation
     if name not in INVERTIBLE or parameter <= 0:

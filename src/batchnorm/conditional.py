@@ -185,7 +185,8 @@ def _misfit(condition: Tensor, input: Tensor, wanted: str) -> str:
 
 
 def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    weight, bias = (None if t is None else t[(..., *(None,) * (y.dim() - 2))] for t in (weight, bias))
+    # torch (2.13) makes no view of a dual tensor whose primal alone has the negative bit.
+    weight, bias = (None if t is None else t.resolve_neg()[(..., *(None,) * (y.dim() - 2))] for t in (weight, bias))
     if weight is None:
         return y if bias is None else y + bias
     return y * weight if bias is None else torch.addcmul(bias, y, weight)

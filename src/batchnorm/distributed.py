@@ -1,6 +1,6 @@
-"""What processes tell each other: the moments of their batches, and the sums that their backward needs.
+"""Collectives of synchronized batch normalization: the moments of batches, and the sums that a backward needs.
 
-One message each way and step, of 2C + 1 and of 2C numbers.
+One each way and step, of 2C + 1 and of 2C numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Group:
                 "moments over: give it a layer of another policy, or Sync with a group that it is in"
             )
 
-    def agree(self, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    def check_channels(self, channels: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raise in all processes unless they have layers alike: messages of different lengths would end the program.
 
         They agree once, and again when one has other channels or another dtype. The others do not know of that, and
@@ -65,15 +65,15 @@ class Group:
             return
         if self._agreed and device.type == "cpu":
             channels, itemsize = self._agreed[0]
-            self.gathered(torch.full((2 * channels + 1,), -1.0, dtype=_MESSAGES[itemsize]))
+            self.all_gather(torch.full((2 * channels + 1,), -1.0, dtype=_MESSAGES[itemsize]))
         self._compare(wanted, device)
 
     def _compare(self, wanted: tuple[int, int], device: torch.device) -> None:
-        heard = self.gathered(torch.tensor(wanted, device=device)).tolist()
-        if any(one != heard[0] for one in heard):
+        received = self.all_gather(torch.tensor(wanted, device=device)).tolist()
+        if any(one != received[0] for one in received):
             raise RuntimeError(
                 f"{self._name}: all processes must have the same number of channels, and float64 in all or none, "
-                f"but (channels, bytes of a number) are {', '.join(str(tuple(one)) for one in heard)}"
+                f"but (channels, bytes of a number) are {', '.join(str(tuple(one)) for one in received)}"
             )
         self._agreed[:] = [wanted]
 
@@ -83,39 +83,40 @@ class Group:
         Raises:
             RuntimeError: in all processes, if one has changed since they agreed.
         """
-        told = torch.cat((own.count[:1], own.mean, own.biased_variance)).to(dtype)
+        sent = torch.cat((own.count[:1], own.mean, own.biased_variance)).to(dtype)
         C = own.mean.shape[0]
-        heard = (_Gather.apply(told, self) if self.size > 1 else told).double().view(self.size, -1)
-        if not torch.compiler.is_compiling() and heard.is_cpu and bool((heard[:, 0] < 0).any()):  # see `agree`
-            self._compare((C, dtype.itemsize), told.device)
+        received = (_Gather.apply(sent, self) if self.size > 1 else sent).double().view(self.size, -1)
+        # A negative count says so: see `check_channels`.
+        if not torch.compiler.is_compiling() and received.is_cpu and bool((received[:, 0] < 0).any()):
+            self._compare((C, dtype.itemsize), sent.device)
             return self.merged(own, dtype)
-        counts = heard[:, :1].expand(-1, C)
-        return Moments(counts, heard[:, 1 : 1 + C], heard[:, 1 + C :] * counts).merged(0)
+        counts = received[:, :1].expand(-1, C)
+        return Moments(counts, received[:, 1 : 1 + C], received[:, 1 + C :] * counts).merged(0)
 
-    def summed(self, own: Tensor, dtype: torch.dtype) -> Tensor:
+    def all_reduce(self, own: Tensor, dtype: torch.dtype) -> Tensor:
         """Add the tensors of all processes up; the messages are in `dtype`."""
         if self.size == 1:
             return own
-        told = own.to(dtype, copy=True)
-        self.tell("backward", lambda: dist.all_reduce(told, group=self._group))
-        return told.to(own.dtype)
+        sent = own.to(dtype, copy=True)
+        self._communicate("backward", lambda: dist.all_reduce(sent, group=self._group))
+        return sent.to(own.dtype)
 
-    def gathered(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         """Stack the vectors of all processes."""
-        heard = own.new_empty(self.size * own.numel())
-        self.tell("forward", lambda: dist.all_gather_single(heard, own, group=self._group))
-        return heard.view(self.size, -1)
+        received = own.new_empty(self.size * own.numel())
+        self._communicate("forward", lambda: dist.all_gather_single(received, own, group=self._group))
+        return received.view(self.size, -1)
 
     def rank(self) -> int:
         return dist.get_rank(self._group)
 
-    def tell(self, direction: str, message: Callable[[], object]) -> None:
-        """Send and receive; an error says whose message it was."""
+    def _communicate(self, direction: str, collective: Callable[[], object]) -> None:
+        """Call a collective; an error says whose it was."""
         if torch.compiler.is_compiling():
-            message()
+            collective()
             return
         try:
-            message()
+            collective()
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self._name}: its {direction} pass did not hear from all {self.size} processes. Either one failed, "
@@ -129,9 +130,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return group.gathered(own)
+        return group.all_gather(own)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         group = ctx.group
-        return group.summed(grad.contiguous(), grad.dtype)[group.rank()], None
+        return group.all_reduce(grad.contiguous(), grad.dtype)[group.rank()], None

@@ -11,9 +11,10 @@ from torch.fx import Proxy
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from batchnorm.activations import activation_of, module_of
+from batchnorm.arguments import check_momentum
 from batchnorm.epilogue import WithEpilogue, recorded
 from batchnorm.functional import batch_norm
-from batchnorm.statistics import Accumulated, Batch, Policy, Renorm, alone, check_policy, own, part
+from batchnorm.statistics import Accumulated, Batch, Policy, Renorm, alone, bind, check_policy, resolve
 from batchnorm.takeover import Guarded
 
 __all__ = [
@@ -66,14 +67,14 @@ class _Ours(WithEpilogue, Guarded, _Base):
     @statistics.setter
     def statistics(self, policy: Policy | None) -> None:
         check_policy(policy)
-        if self._statistics is not None and self._statistics.STATE is not None:
-            self._buffers.pop(self._statistics.STATE, None)
-            self._non_persistent_buffers_set.discard(self._statistics.STATE)
-        self._statistics = None if policy is None or type(policy) is Batch else own(policy)
-        if policy is not None and policy.STATE is not None:
+        if self._statistics is not None and self._statistics.buffer is not None:
+            self._buffers.pop(self._statistics.buffer, None)
+            self._non_persistent_buffers_set.discard(self._statistics.buffer)
+        self._statistics = None if policy is None or type(policy) is Batch else bind(policy)
+        if policy is not None and policy.buffer is not None:
             tensors = (*self._buffers.values(), *self._parameters.values())
             state = policy.state(channels_of(self), next((t.device for t in tensors if t is not None), None))
-            self.register_buffer(policy.STATE, state, persistent=policy.KEPT)
+            self.register_buffer(policy.buffer, state, persistent=policy.persistent)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize ``(N, C, *space)``, add the residual, apply the activation.
@@ -104,8 +105,8 @@ class _Ours(WithEpilogue, Guarded, _Base):
         policy, state = self._statistics, None
         if policy is not None and training and not self.training:
             policy = alone(policy)  # as in torch.nn, evaluation waits for nobody
-        if policy is not None and policy.STATE is not None:
-            state = getattr(self, policy.STATE)
+        if policy is not None and policy.buffer is not None:
+            state = getattr(self, policy.buffer)
             if training and mean is None:  # whatever moves must move elsewhere
                 statistics = buffers["running_mean"], buffers["running_var"], state
                 mean, var, state = (None if t is None else t.clone() for t in statistics)
@@ -133,17 +134,22 @@ class _Ours(WithEpilogue, Guarded, _Base):
     def reset_running_stats(self) -> None:
         """Forget all batches, also what a policy remembers."""
         super().reset_running_stats()
-        if self._statistics is not None and self._statistics.STATE is not None:
-            self._buffers[self._statistics.STATE].zero_()  # type: ignore[union-attr]
+        if self._statistics is not None and self._statistics.buffer is not None:
+            self._buffers[self._statistics.buffer].zero_()  # type: ignore[union-attr]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
         """Load as torch does; a checkpoint of a layer without this policy leaves what the policy remembers as it is."""
         policy = self._statistics
-        if policy is not None and policy.STATE is not None and policy.KEPT and prefix + policy.STATE not in state_dict:
-            state_dict = {**state_dict, prefix + policy.STATE: self._buffers[policy.STATE]}
+        if (
+            policy is not None
+            and policy.buffer is not None
+            and policy.persistent
+            and prefix + policy.buffer not in state_dict
+        ):
+            state_dict = {**state_dict, prefix + policy.buffer: self._buffers[policy.buffer]}
         super()._load_from_state_dict(state_dict, prefix, *more)
         widen_statistics(self)  # assign=True takes the checkpoint's own tensors
-        for name in ("num_batches_tracked", Renorm.STATE):
+        for name in ("num_batches_tracked", Renorm.buffer):
             count = self._buffers.get(name)
             if count is not None and count.is_floating_point():  # a checkpoint whose every tensor was narrowed
                 self._buffers[name] = count.long()
@@ -155,13 +161,13 @@ class _Ours(WithEpilogue, Guarded, _Base):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Convert everything as asked, but keep running statistics in float32 or wider, unrounded."""
-        before = {name: self._buffers.get(name) for name in (*_STATISTICS, Accumulated.STATE)}
+        before = {name: self._buffers.get(name) for name in (*_STATISTICS, Accumulated.buffer)}
         super()._apply(fn, recurse)
-        gathered = before.pop(Accumulated.STATE)
+        gathered = before.pop(Accumulated.buffer)
         widen_statistics(self, before)
         if gathered is not None:
-            now = self._buffers[Accumulated.STATE]
-            self._buffers[Accumulated.STATE] = gathered.to(now.device) if not gathered.is_meta else now.double()  # type: ignore[union-attr]
+            now = self._buffers[Accumulated.buffer]
+            self._buffers[Accumulated.buffer] = gathered.to(now.device) if not gathered.is_meta else now.double()  # type: ignore[union-attr]
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -195,11 +201,6 @@ def widen_statistics(layer: nn.Module, values: dict[str, Tensor | None] | None =
         layer._buffers[name] = source.to(device=buffer.device, dtype=torch.float32)
 
 
-def _check_momentum(momentum: float | None) -> None:
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value) or None, but got {momentum}")
-
-
 def _torch_twin(layer: nn.Module) -> nn.Module:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     kind = next(kind for kind in kinds if isinstance(layer, kind))
@@ -226,7 +227,7 @@ class _BatchNorm(_Ours, nn.modules.batchnorm._BatchNorm):
     ) -> None:
         if num_features <= 0:
             raise ValueError(f"num_features must be at least 1, got {num_features}: it counts the channels")
-        _check_momentum(momentum)
+        check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
         self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
         widen_statistics(self)
@@ -286,7 +287,7 @@ class _LazyBatchNorm(_Ours):
         statistics: Policy | None = None,
         **bias: bool,
     ) -> None:
-        _check_momentum(momentum)
+        check_momentum(momentum)
         arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)  # num_features is yet unknown
         super().__init__(*arguments, **bias)
         self.activation, self.inplace, self.statistics = activation_of(activation), inplace, statistics
@@ -296,7 +297,7 @@ class _LazyBatchNorm(_Ours):
         """Take the number of channels from the first input; residual and mask, if there are any, say nothing new."""
         super().initialize_parameters(input)  # type: ignore[misc]
         self.num_features = input.shape[1]  # torch leaves it at 0 where a checkpoint was loaded before
-        if part(self._statistics, Accumulated) is not None:
+        if resolve(self._statistics).accumulated is not None:
             self.statistics = self._statistics  # whose buffer is of that size
 
 

@@ -11,13 +11,14 @@ running statistics normalize, whatever the policy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "check_policy", "own", "part"]
+__all__ = ["Accumulated", "Batch", "Ghost", "Policy", "Renorm", "Sync", "Warmup", "bind", "check_policy", "resolve"]
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -26,12 +27,39 @@ Number = TypeVar("Number", float, Tensor)
 class Policy:
     """Where the moments come from; what all policies share."""
 
-    STATE: ClassVar[str | None] = None  # the layer's buffer for it
-    KEPT: ClassVar[bool] = False  # whether that buffer is in the state_dict
+    buffer: ClassVar[str | None] = None  # the name of the layer's buffer for what it remembers
+    persistent: ClassVar[bool] = False  # whether that buffer is in the state_dict
 
     def state(self, channels: int, device: torch.device | None = None) -> Tensor | None:
         """Make what a layer of so many channels must remember, as it is before the first batch."""
         return None
+
+    def resolved(self) -> Resolved:
+        """Say what it consists of, itself and what it is over."""
+        return Resolved(self)
+
+
+class Resolved(NamedTuple):
+    """A policy, and of each kind the one that it is or is over."""
+
+    policy: Policy | None = None
+    ghost: Ghost | None = None
+    renorm: Renorm | None = None
+    sync: Sync | None = None
+    accumulated: Accumulated | None = None
+
+
+PLAIN = Resolved()  # the batch
+
+
+def resolve(policy: Policy | None) -> Resolved:
+    """Say once what a policy consists of; the rest of a call asks no more.
+
+    Raises:
+        TypeError: for what is neither a policy nor None.
+    """
+    check_policy(policy)
+    return PLAIN if policy is None or type(policy) is Batch else policy.resolved()
 
 
 @dataclass(frozen=True)
@@ -67,6 +95,9 @@ class Ghost(Policy):
                 "already takes its parts within each device's batch"
             )
 
+    def resolved(self) -> Resolved:
+        return Resolved(self, ghost=self)
+
 
 @dataclass(frozen=True)
 class Sync(Policy):
@@ -93,6 +124,9 @@ class Sync(Policy):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without what was agreed on: it may be loaded beside processes that have not met yet."""
         return {**vars(self), "agreed": []}
+
+    def resolved(self) -> Resolved:
+        return Resolved(self, sync=self)
 
 
 @dataclass(frozen=True)
@@ -137,8 +171,8 @@ class Renorm(Policy):
     Source: Ioffe 2017, "Batch Renormalization", arXiv 1702.03275, Algorithm 1.
     """
 
-    STATE: ClassVar[str] = "renorm_batches"
-    KEPT: ClassVar[bool] = True
+    buffer: ClassVar[str] = "renorm_batches"
+    persistent: ClassVar[bool] = True
 
     r_max: float = 3.0
     d_max: float = 5.0
@@ -157,6 +191,9 @@ class Renorm(Policy):
                 f"Renorm cannot be over {self.over}: it corrects what small sets do to a batch's moments, and that is "
                 "what the others bring about or rely on. Use Renorm() or Renorm(over=Sync())"
             )
+
+    def resolved(self) -> Resolved:
+        return Resolved(self, renorm=self, sync=self.over.resolved().sync)
 
     def state(self, channels: int, device: torch.device | None = None) -> Tensor:
         """Make the count of batches."""
@@ -184,7 +221,7 @@ class Accumulated(Policy):
         over: ``Batch()``, ``Ghost(size)`` or ``Sync()``: the sets that normalize.
     """
 
-    STATE: ClassVar[str] = "accumulated"
+    buffer: ClassVar[str] = "accumulated"
 
     steps: int
     over: Policy = field(default=Batch())
@@ -200,51 +237,42 @@ class Accumulated(Policy):
                 "closely, and here they wait. Use one of the two"
             )
 
+    def resolved(self) -> Resolved:
+        return self.over.resolved()._replace(policy=self, accumulated=self)
+
     def state(self, channels: int, device: torch.device | None = None) -> Tensor:
         """Make (micro-batches, values a channel, C means, C summed squared deviations), all 0."""
         return torch.zeros(2 + 2 * channels, dtype=torch.float64, device=device)
 
 
-def own(policy: Policy, name: str | None = None) -> Policy:
+def bind(policy: Policy, name: str | None = None) -> Policy:
     """Give a layer a policy of its own where it talks to other processes: a name to complain under, a first meeting."""
-    if isinstance(policy, Sync):
-        return replace(policy, name=policy.name or name, agreed=[])
-    over = getattr(policy, "over", None)
-    return policy if over is None or part(over, Sync) is None else replace(policy, over=own(over, name))  # type: ignore[call-arg]
+    return _with_sync(policy, lambda sync: replace(sync, name=sync.name or name, agreed=[]))
 
 
 def alone(policy: Policy) -> Policy:
     """Give the policy without what needs other processes."""
-    if isinstance(policy, Sync):
-        return Batch()
-    over = getattr(policy, "over", None)
-    return policy if over is None or part(over, Sync) is None else replace(policy, over=alone(over))  # type: ignore[call-arg]
+    return _with_sync(policy, lambda sync: Batch())
 
 
 def over_group(policy: Policy, process_group: Any) -> Policy:
     """Give the policy with that process group, where it takes moments over processes and names no group."""
+    return _with_sync(policy, lambda s: s if s.process_group is not None else replace(s, process_group=process_group))
+
+
+def _with_sync(policy: Policy, change: Callable[[Sync], Policy]) -> Policy:
+    """Give the policy with its Sync changed, wherever that is in it; the policy itself if it has none."""
     if isinstance(policy, Sync):
-        return policy if policy.process_group is not None else replace(policy, process_group=process_group)
+        return change(policy)
     over = getattr(policy, "over", None)
-    return policy if over is None else replace(policy, over=over_group(over, process_group))  # type: ignore[call-arg]
+    changed = over if over is None else _with_sync(over, change)
+    return policy if changed is over else replace(policy, over=changed)  # type: ignore[call-arg]
 
 
 def check_policy(policy: Policy | None) -> None:
     """Raise TypeError for what is neither a policy nor None."""
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"statistics must be a policy, such as Ghost(16) or Sync(), got {policy!r}")
-
-
-Kind = TypeVar("Kind", bound=Policy)
-
-
-def part(policy: Policy | None, kind: type[Kind]) -> Kind | None:
-    """Find a kind of policy in a policy and what it is over."""
-    while policy is not None:
-        if isinstance(policy, kind):
-            return policy
-        policy = getattr(policy, "over", None)
-    return None
 
 
 def _ramp(batches: Number, start: int, end: int) -> Number:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import Key
-from batchnorm.kernels.loops import slots as at
+from batchnorm.kernels.key import Key
+from batchnorm.kernels.loops import table as at
 
 Kind = Literal["bands", "fence_after", "fence_before"]
 KINDS: tuple[Kind, ...] = ("bands", "fence_after", "fence_before")
@@ -33,7 +33,7 @@ _MARGIN = 4096
 _VECTOR = 64  # a buffer keeps its offset from such an alignment: what is written around the caches depends on it
 _WRITTEN = {  # by some loop; everything else is only read
     "OUT", "RUNNING_MEAN", "RUNNING_VAR", "COUNTER", "MOMENTS", "COEFFICIENTS", "PARTIALS", "GRAD_WEIGHT", "GRAD_BIAS",
-    "GRAD_RESIDUAL", "BITS",
+    "GRAD_RESIDUAL", "SLOPE_BITS",
 }  # fmt: skip
 _MADE_HERE = _WRITTEN - {"RUNNING_MEAN", "RUNNING_VAR", "COUNTER"}  # not the user's
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -77,7 +77,7 @@ def needs(key: Key, a: list[Any]) -> list[Need]:
         "GRAD_BIAS": channels * own,
         "RESIDUAL": tensor,
         "GRAD_RESIDUAL": tensor,
-        "BITS": lines * a[at.BITS_ROW] // 8,
+        "SLOPE_BITS": lines * a[at.BITS_ROW] // 8,
         "WEIGHTS": batch * space * own,
         "COUNTS": a[at.SETS] * 8,
     }
@@ -161,7 +161,7 @@ class Guard:
                     raise OutsideError(f"{key}: {need.name} needs {need.bytes} bytes and has {end - address}")
                 return
         in_place = need.name == "OUT" and address == a[at.X]
-        handed_back = need.name in ("MOMENTS", "BITS") and key.name.endswith("backward")  # by autograd, from anywhere
+        handed_back = need.name in ("MOMENTS", "SLOPE_BITS") and key.name.endswith("backward")  # from anywhere
         if need.name in _MADE_HERE and need.bytes > 0 and not in_place and not handed_back:
             raise OutsideError(f"{key}: nobody knows how large the memory for {need.name} is")
 
@@ -221,14 +221,14 @@ def guarded(kind: Kind = "bands") -> Iterator[Guard]:
     def watched(
         self: launch.Kernel, slots: bytes, threads: int, stages: int, sets: bytes = launch.ONE_SET, only: int = -1
     ) -> None:
-        a = [*launch._SLOTS.unpack(slots), *launch._SETS.unpack(sets)]
+        a = [*at.CALL.unpack(slots), *at.SAMPLE_SETS.unpack(sets)]
         places = guard.places(self.key, a)
         moved = list(a)
         for need in needs(self.key, a):
             if need.bytes > 0:
                 moved[need.slot] = places[a[need.slot]].start
-        first = launch._SLOTS.pack(*moved[: at.SETS])
-        rest = sets if moved[at.SETS :] == a[at.SETS :] else launch._SETS.pack(*moved[at.SETS :])
+        first = at.CALL.pack(*moved[: at.SETS])
+        rest = sets if moved[at.SETS :] == a[at.SETS :] else at.SAMPLE_SETS.pack(*moved[at.SETS :])
         guard.launches += 1
         call(self, first, threads, stages, rest, only)
         guard.check(self.key, a, places)
@@ -237,7 +237,7 @@ def guarded(kind: Kind = "bands") -> Iterator[Guard]:
     watching = [
         module
         for name, module in list(sys.modules.items())
-        if name.startswith(("batchnorm.kernels.", "batchnorm.estimation", "batchnorm.functional"))
+        if name.startswith(("batchnorm.kernels.", "batchnorm.estimation", "batchnorm.backends", "batchnorm.fast_path"))
         and getattr(module, "torch", None) is torch
     ]
     launch.Kernel.__call__ = watched  # type: ignore[method-assign]

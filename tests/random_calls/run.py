@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.kernels import cpu, plans
-from batchnorm.statistics import Accumulated, Ghost, Renorm, part
+from batchnorm.statistics import resolve
 
 from . import oracle
 from .cases import Case
@@ -63,7 +63,7 @@ def _divided(how: str) -> Iterator[None]:
     changes = [(plans, *change) for change in (_FINE if how == "fine" else _DIVISIONS[how])]
     changes += [(cpu, "PER_THREAD", 64)] if how == "fine" else []
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    caches = [getattr(plans, name) for name in ("plan", "given_plan", "sets_plan", "planned")]
+    caches = [getattr(plans, name) for name in ("plan", "inference_plan", "sets_plan", "planned")]
     for change in changes:
         setattr(*change)
     for cached in caches if changes else ():
@@ -83,7 +83,7 @@ def _refused(case: Case, subject: Subject) -> bool:
         return False
     if case.values == 1:
         return True
-    ghost = part(subject.policy, Ghost)
+    ghost = resolve(subject.policy).ghost
     if ghost is None or case.mask or case.values == 0:
         return False
     last = case.shape[0] % ghost.size or min(ghost.size, case.shape[0])
@@ -306,8 +306,8 @@ def _buffers(
 ) -> None:  # fmt: skip
     """Running statistics, the count and a policy's memory."""
     after = subject.before()
-    renorm = part(subject.policy, Renorm) is not None
-    accumulated = part(subject.policy, Accumulated)
+    renorm = resolve(subject.policy).renorm is not None
+    accumulated = resolve(subject.policy).accumulated
     kept = subject.running[0].dtype if subject.running[0] is not None else torch.float64
     largest = torch.finfo(kept).max
     sets = found.sets if case.training else []

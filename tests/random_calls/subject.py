@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import batchnorm
 from batchnorm import kernels
 from batchnorm.functional import batch_norm
-from batchnorm.statistics import Accumulated, Batch, Ghost, Policy, Renorm, Sync, Warmup, part
+from batchnorm.statistics import Accumulated, Batch, Ghost, Policy, Renorm, Sync, Warmup, resolve
 
 from .cases import Case
 from .oracle import Buffers, Problem
@@ -84,8 +84,8 @@ class Subject:
         if case.buffers != "none":
             layer._buffers.update(running_mean=self.running[0], running_var=self.running[1])
             layer._buffers["num_batches_tracked"] = self.batches
-        if self.policy is not None and self.policy.STATE is not None:
-            self.state = getattr(layer, self.policy.STATE)
+        if self.policy is not None and self.policy.buffer is not None:
+            self.state = getattr(layer, self.policy.buffer)
         return layer.train(case.training)
 
     # --- one batch ---
@@ -164,7 +164,7 @@ class Subject:
 
     def problem(self, before: Buffers, mask: Tensor | None) -> Problem:
         """The same for the oracle."""
-        case, ghost, renorm = self.case, part(self.policy, Ghost), part(self.policy, Renorm)
+        case, (_, ghost, renorm, _, _) = self.case, resolve(self.policy)
         size = 0
         if case.training:
             size = max(case.shape[0], 1) if ghost is None else min(ghost.size, max(case.shape[0], 1))

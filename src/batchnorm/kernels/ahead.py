@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from batchnorm.kernels import cache
-from batchnorm.kernels.form import Key
+from batchnorm.kernels.key import Key
 
 __all__ = ["expect", "forget", "wait_for"]
 

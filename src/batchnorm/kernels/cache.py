@@ -21,13 +21,13 @@ from zipfile import ZipFile
 
 import llvmlite.binding as llvm
 
-from batchnorm.kernels.form import Key
+from batchnorm.kernels.key import Key
 
 __all__ = ["LEVELS", "archive_of", "build", "find", "path_in", "shipped", "source", "store"]
 
 _PACKAGE = "batchnorm.kernels"
-_MODULES = ("compile", "elementary", "form", "pipeline", "simd")
-_LOOPS = ("activations", "channels", "columns", "forms", "planes", "slots")
+_MODULES = ("compile", "elementary", "key", "pipeline", "simd")
+_LOOPS = ("activations", "channels", "columns", "forms", "planes", "slots", "table")
 _OPTIONS = ("NUMBA_OPT", "NUMBA_BOUNDSCHECK", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
 _DIGEST = hashlib.sha256().digest_size
 

@@ -1,6 +1,6 @@
 """Which kernel serves a tensor, which one ran, and how to insist on one.
 
-* ``"numba"``: the Numba loops, for plain float32, float64 and bfloat16 tensors on the CPU.
+* ``"numba"``: Numba's machine code, for plain float32, float64 and bfloat16 tensors on the CPU.
 * ``"aten"``: torch's own operators; always there, for every device, dtype and tracer.
 * ``"reference"``: plain PyTorch, differentiable any number of times; for function transforms and forward-mode
   derivatives.
@@ -16,16 +16,17 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from batchnorm.kernels.gate import PLAIN, alone
+from batchnorm.kernels.gate import PLAIN, alone, transformed
+from batchnorm.kernels.plans import served
 
 Kernel = Literal["numba", "aten", "reference"]
 
 _PLAIN = {*PLAIN, type(None)}
-_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
 EVALUATE_FROM = 24 * 2**20  # bytes; ATen's evaluation is as fast as memory allows below (measured: kernels/README.md)
-EVALUATE_FUSED_FROM = 2**19  # elements; below, one pass by the loops takes longer to prepare than torch's two or three
+EVALUATE_FUSED_FROM = (
+    2**19
+)  # elements; below, one pass by the Numba kernel takes longer to prepare than torch's two or three
 
 asked_for: ContextVar[Kernel | None] = ContextVar("batchnorm_kernel", default=None)
 
@@ -67,22 +68,33 @@ def using(kernel: Kernel) -> Iterator[None]:
         asked_for.reset(token)
 
 
-def which(x: Tensor, training: bool = True, *others: Tensor | None, fused: bool = False) -> Kernel:
+def which(
+    x: Tensor,
+    training: bool = True,
+    *others: Tensor | None,
+    fused: bool = False,
+    inplace: bool = False,
+    batches: Tensor | None = None,
+) -> Kernel:
     """Name the kernel that would serve ``x`` here and now (with weight, bias and statistics, if given, in ``others``).
 
     Args:
-        fused: with an activation or a residual, which moves the size from which on evaluation is done by the loops.
+        fused: with an activation or a residual, which moves the size from which on the Numba kernel does evaluation.
+        inplace: the result takes the place of ``x``, which only the Numba kernel does, and so for any size.
+        batches: the count of batches, if there is one to move.
 
     Raises:
         RuntimeError: if ``using`` asks for a kernel that cannot serve it.
     """
     asked = asked_for.get()
     if asked is None:
-        if _transformed():
+        if transformed():
             return "reference"
-        return "numba" if _obstacle(x, training, others, fused) is None else "aten"
-    obstacle = _obstacle(x, True, others, fused) if asked == "numba" else None
-    if asked == "numba" and obstacle is None and _transformed():
+        if not training and not inplace and _as_fast_by_aten(x, fused):
+            return "aten"
+        return "numba" if _obstacle(x, others, batches) is None else "aten"
+    obstacle = _obstacle(x, others, batches) if asked == "numba" else None
+    if asked == "numba" and obstacle is None and transformed():
         obstacle = "a function transform or forward-mode derivative is active"
     if obstacle is not None:
         raise RuntimeError(f"kernel 'numba' was asked for, but {obstacle}; ask for another or let batchnorm choose")
@@ -94,29 +106,30 @@ def unwatched() -> bool:
     return asked_for.get() is None and torch._C._get_tracing_state() is None and alone()
 
 
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is watching: they need operations, not memory."""
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+def _as_fast_by_aten(x: Tensor, fused: bool) -> bool:
+    """Whether one pass less, or writing around the caches, gains nothing in evaluation."""
+    if fused:
+        return x.numel() < EVALUATE_FUSED_FROM
+    return x.dtype == torch.bfloat16 or x.numel() * x.element_size() < EVALUATE_FROM
 
 
-def _obstacle(x: Tensor, training: bool, others: tuple[Tensor | None, ...], fused: bool) -> str | None:
-    """Why the loops cannot (or, automatically, should not) serve x; None if they can."""
+def _obstacle(x: Tensor, others: tuple[Tensor | None, ...], batches: Tensor | None) -> str | None:
+    """Why the Numba kernel cannot serve x; None if it can."""
+    others = (*others, batches)
     if type(x) not in _PLAIN or not all(type(t) in _PLAIN for t in others):
         return "not all tensors are plain: subclasses have semantics of their own"
     if not all(t is None or t.is_cpu for t in others):
         return "not all tensors are on the CPU"
-    if not x.is_cpu or x.dtype not in _DTYPES:
+    if not x.is_cpu or not served(x.dtype, 2):
         return f"x is {x.dtype} on {x.device}, not float32, float64 or bfloat16 on the CPU"
     if x.layout != torch.strided or x.is_neg() or x._is_zerotensor():
         return "x is not a plain strided tensor"
-    if not 2 <= x.dim() <= 5:
+    if not served(x.dtype, x.dim()):
         return f"x has {x.dim()} dimensions, not 2 to 5"
-    size = x.numel()
-    if size == 0:
+    if x.numel() == 0:
         return "x is empty"
-    plain = x.dtype == torch.bfloat16 or size * x.element_size() < EVALUATE_FROM
-    if not training and (size < EVALUATE_FUSED_FROM if fused else plain):
-        return "ATen evaluates x as fast"
+    if batches is not None and batches.dtype != torch.int64:
+        return f"num_batches_tracked is {batches.dtype}, not int64"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a dispatch mode wants to see torch's operations"
     if torch._C._get_tracing_state() is not None:

@@ -16,10 +16,11 @@ import numba
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
-from batchnorm.kernels.form import Key
+from batchnorm.kernels.key import Key
 from batchnorm.kernels.loops import activations, columns, planes
 from batchnorm.kernels.loops.channels import finish
-from batchnorm.kernels.loops.slots import ALL_SLOTS, ONLY_LAST, PARTS, SETS, STAGES, body, meet, select, who
+from batchnorm.kernels.loops.slots import barrier, body, select, thread_id
+from batchnorm.kernels.loops.table import ALL_SLOTS, ONLY_LAST, PARTS, SETS, STAGES
 from batchnorm.kernels.pipeline import Parts
 from batchnorm.kernels.simd import alloca, pointer
 
@@ -34,13 +35,13 @@ _PROVIDED = {"memset", "memcpy", "memmove", "sqrt", "exp", "expm1", "log1p", "er
 def _entry(slots: Any) -> None:
     whole = pointer(slots, numba.int64)  # type: ignore[call-arg, var-annotated]
     a = alloca(ALL_SLOTS, numba.int64)
-    thread, threads = who(whole)
+    thread, threads = thread_id(whole)
     if whole[STAGES] != ONLY_LAST:
         for index in range(whole[SETS]):
             select(whole, a, index)
             work(a, thread, threads, stored, param, acc, form)
             if whole[SETS] > 1 and whole[PARTS] != 0:
-                meet(whole)  # the next set uses the same memory between its passes
+                barrier(whole)  # the next set uses the same memory between its passes
     finish(whole, a, thread, param)
 
 

@@ -1,4 +1,4 @@
-"""Comparisons, masks of bits, and the elementary functions that activations need, on scalars and vectors alike.
+"""Comparisons, packed bits, and the elementary functions that activations need, on scalars and vectors alike.
 
 In float32 the functions are polynomials, right to a few units in the last place. In float64, where nobody is in a
 hurry, they are the C library's, lane by lane. A scalar goes through the same operations as a lane of a vector, so that
@@ -59,7 +59,7 @@ where_less = _define_choice("<")  # where_less(a, b, yes, no): yes in lanes wher
 where_at_most = _define_choice("<=")
 
 
-# A tensor of masks holds one bit an element. A vector's bits are one byte; scalars share one.
+# A tensor of bits holds one an element. A vector's bits are one byte; scalars share one.
 
 
 @intrinsic

@@ -1,33 +1,37 @@
-"""What a loop is compiled for besides the dtype: the ways in which z, the activation's argument, comes about."""
+"""What is done besides normalizing."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 
-class Form(NamedTuple):
-    """A kind of work; each has its own machine code."""
-
-    activation: str | None = None
-    residual: bool = False  # z = normalized + residual, and the loop reads the residual
-    bits: bool = False  # the forward writes, and the backward reads, a bit an element instead of z
-    inplace: bool = False  # the backward finds y where x was
-    given: bool = False  # the moments do not depend on x, as in evaluation
-    weighted: bool = False  # positions have weights; those of weight 0 are neither read nor anything but 0 in y and dx
+from batchnorm.activations import Activation, applied
 
 
-PLAIN = Form()
-WEIGHTED = Form(weighted=True)
+class Epilogue(NamedTuple):
+    """What follows a normalization in the same pass over memory."""
+
+    activation: Activation | None = None
+    residual: Tensor | None = None  # added before the activation
+    inplace: bool = False  # y takes x's place
+
+    @staticmethod
+    def of(activation: Activation | None, residual: Tensor | None, inplace: bool = False) -> Epilogue:
+        """Make one; ``NOTHING`` itself where nothing follows, so that ``is`` can tell."""
+        return Epilogue(activation, residual, inplace) if activation or residual is not None or inplace else NOTHING
+
+    def laid_like(self, x: Tensor) -> Epilogue:
+        """The same with the residual as the loops want it: with the strides of x."""
+        r = self.residual
+        if r is None or (r.stride() == x.stride() and not r.is_neg()):
+            return self
+        return self._replace(residual=torch.empty_like(x).copy_(r))
+
+    def applied(self, y: Tensor) -> Tensor:
+        """Residual and activation by torch's own operators."""
+        return applied(self.activation, y if self.residual is None else y + self.residual)
 
 
-class Key(NamedTuple):
-    """Which machine code: a loop, for a dtype and a form."""
-
-    name: str
-    dtype: str  # "float32", "float64" or "bfloat16"
-    form: Form = PLAIN
-
-    @property
-    def symbol(self) -> str:
-        """The name of its C function."""
-        return "_".join(("batchnorm", self.dtype, self.name, *(str(part) for part in self.form)))
+NOTHING = Epilogue()

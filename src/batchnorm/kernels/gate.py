@@ -2,8 +2,8 @@
 
 A loop reads and writes memory as its plan says. So dtype, device, sizes and strides are compared here, and what makes
 values differ from what stands in memory is looked for: the negative bit, subclasses, function transforms, dispatch
-modes, forward-mode derivatives. In a forward that is done by ``functional`` and ``estimation`` with `vectors`, `ready`
-and `laid_like`; in a backward by the operations themselves, for what was saved may have become another tensor:
+modes, forward-mode derivatives. In a forward that is done by ``fast_path`` and ``backends`` with `vectors`, `ready` and
+``Epilogue.laid_like``; in a backward by the operations themselves, for what was saved may have become another tensor:
 ``saved_tensors_hooks`` return whatever they like, and ``.data = …``, ``half()`` and ``double()`` exchange what a
 parameter holds without changing its version.
 
@@ -22,6 +22,11 @@ from batchnorm.kernels.plans import Plan
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # a subclass has semantics that raw memory lacks
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is watching: they need operations, not memory."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 def alone() -> bool:
     """Whether operations would be seen by nobody else: no function transform, dispatch mode or forward derivative."""
     return (
@@ -29,6 +34,11 @@ def alone() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
     )
+
+
+def has_strides(t: Tensor) -> bool:
+    """Whether it can be asked how a tensor lies in memory: not of what a transform, old or new, has made of one."""
+    return alone() and not torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 # --- forward ---
@@ -53,13 +63,6 @@ def vectors(plan: Plan, *tensors: Tensor | None) -> bool:
 def ready(t: Tensor | None, plan: Plan) -> Tensor | None:
     """A weight, a bias or running statistics as the loops want them: itself, or a copy."""
     return None if t is None else t.to(plan.statistics).contiguous().resolve_neg()
-
-
-def laid_like(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    """A residual as the loops want it: with the strides of x."""
-    if residual is None or (residual.stride() == x.stride() and not residual.is_neg()):
-        return residual
-    return torch.empty_like(x).copy_(residual)
 
 
 # --- backward ---

@@ -20,23 +20,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from batchnorm.kernels.form import PLAIN, Form, Key
+from batchnorm.kernels.key import PLAIN, Form, Key
+from batchnorm.kernels.loops.table import CALL, LAST, TEAM, packed_sets
 
-_SLOTS = struct.Struct("=27q4d")  # addresses and sizes, then four numbers: X to PARAMETER in loops/slots.py
-_SETS = struct.Struct("=9q3d")  # the sets that moments are taken over: SETS to D_MAX
-_TEAM = struct.Struct("=6q")  # this thread, all threads, where to ask instead, where to meet: THREAD to STAGES
 _EVERY = -1  # stages, a bit for each: all of them
-_LAST = 8  # the one that follows the loop's own
 
 _forked = False
 _compiling = threading.RLock()
@@ -105,7 +101,7 @@ class _OpenMP:
         self.team = self.team_for(_EVERY)
 
     def team_for(self, stages: int) -> bytes:
-        return _TEAM.pack(-1, 0, *self.addresses, stages)
+        return TEAM.pack(-1, 0, *self.addresses, stages)
 
 
 @cache
@@ -118,7 +114,7 @@ def openmp() -> _OpenMP | None:
 
 
 def _serial(stages: int) -> bytes:
-    return _TEAM.pack(0, 1, 0, 0, 0, stages)
+    return TEAM.pack(0, 1, 0, 0, 0, stages)
 
 
 _SERIAL = _serial(_EVERY)
@@ -129,27 +125,10 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="batchnorm")
 
 
-pack = _SLOTS.pack
+pack = CALL.pack
 
 
-class SetSlots(NamedTuple):
-    """What a loop must know of sets: see SETS to D_MAX in loops/slots.py."""
-
-    sets: int = 1
-    size: int = 0  # samples
-    bits: int = 0  # bytes of a sample's mask
-    rows: int = 2  # of moments
-    item: int = 0  # bytes of a value
-    weights: int = 0  # address of the positions' weights
-    counts: int = 0  # address of their sums, one a set
-    r_max: float = 0.0  # limits of renormalization
-    d_max: float = 0.0
-
-    def packed(self) -> bytes:
-        return _SETS.pack(*self[:7], 0, 0, 0.0, *self[7:])  # three are found for each set
-
-
-ONE_SET = SetSlots().packed()
+ONE_SET = packed_sets()
 
 
 class Kernel:
@@ -170,7 +149,7 @@ class Kernel:
             slots: what ``pack`` made.
             threads: at most so many.
             stages: how many the loop has. Each begins when all threads have ended the one before.
-            sets: packed ``SetSlots``.
+            sets: what ``packed_sets`` made.
             only: the stages to do, a bit for each.
         """
         slots += sets
@@ -186,10 +165,10 @@ class Kernel:
         if sets is not ONE_SET:  # their stages alternate, and these threads cannot meet
             self._call(slots + _serial(only))
             return
-        for stage in (*range(stages), _LAST):
+        for stage in (*range(stages), LAST):
             if not only >> stage & 1:
                 continue
-            shares = [slots + _TEAM.pack(i, threads, 0, 0, 0, 1 << stage) for i in range(threads)]
+            shares = [slots + TEAM.pack(i, threads, 0, 0, 0, 1 << stage) for i in range(threads)]
             others = [_python_threads().submit(self._call, share) for share in shares[1:]]
             self._call(shares[0])
             for other in others:
@@ -245,7 +224,7 @@ def _object_code(key: Key) -> bytes:
 
 def backward_of(key: Key) -> Key:
     """The backward that follows a forward: where a bit an element was written, it is read instead of the residual."""
-    form = key.form._replace(residual=key.form.residual and not key.form.bits)
+    form = key.form._replace(residual=key.form.residual and not key.form.slope_bits)
     return key._replace(name=key.name.replace("forward", "backward"), form=form)
 
 

@@ -1,4 +1,4 @@
-"""Batch normalization by the loops for ``torch.compile``: ``torch.ops.batchnorm.train`` and ``train_backward``.
+"""Batch normalization by the Numba kernel for ``torch.compile``: ``torch.ops.batchnorm.train`` and ``train_backward``.
 
 They are opaque operators over the same loops that eager mode calls. What inductor makes of batch normalization itself
 is slower on CPUs.
@@ -14,6 +14,7 @@ from torch import Tensor
 from batchnorm.activations import Activation
 from batchnorm.kernels import cpu, gate, plans
 from batchnorm.kernels.choice import record
+from batchnorm.kernels.form import Epilogue
 
 _SIGNATURE = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float parameter"
 torch.library.define("batchnorm::train", f"({_SIGNATURE}) -> (Tensor y, Tensor moments)")
@@ -23,10 +24,8 @@ torch.library.define(
 )
 
 
-def _fused(activation: str | None, parameter: float, residual: Tensor | None, x: Tensor) -> cpu.Fused | None:
-    if activation is None and residual is None:
-        return None
-    return cpu.Fused(None if activation is None else Activation(activation, parameter), gate.laid_like(residual, x))
+def _epilogue(activation: str | None, parameter: float, residual: Tensor | None, x: Tensor) -> Epilogue:
+    return Epilogue.of(None if activation is None else Activation(activation, parameter), residual).laid_like(x)
 
 
 @torch.library.impl("batchnorm::train", "CPU")
@@ -41,8 +40,8 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     read, plan = plans.laid_out(x)
     _check(plan, weight, bias, residual)
-    fused = _fused(activation, parameter, residual, read)
-    found = cpu.forward(read, plan, gate.ready(weight, plan), gate.ready(bias, plan), None, eps, fused)
+    epilogue = _epilogue(activation, parameter, residual, read)
+    found = cpu.forward(read, plan, gate.ready(weight, plan), gate.ready(bias, plan), None, eps, epilogue)
     record.forward = "numba"
     return found
 
@@ -78,17 +77,11 @@ def _train_backward(
     moments = gate.flat("moments", moments, torch.float64, plan.moments.shape)
     want_x, want_weight, want_bias, want_residual = wanted
     found = cpu.backward(
-        dy,
-        read,
-        plan,
-        gate.ready(weight, plan),
-        moments,
-        eps,
-        (want_x, want_weight, want_bias),
-        _fused(activation, parameter, residual if activation is not None else None, read),
-        gate.ready(bias, plan),
-        want_residual and activation is not None,
-    )
+        dy, read, plan, gate.ready(weight, plan), moments, eps,
+        (want_x, want_weight, want_bias, want_residual and activation is not None),
+        _epilogue(activation, parameter, residual if activation is not None else None, read),
+        None, gate.ready(bias, plan),
+    )  # fmt: skip
     record.backward = "numba"
     parameters = (
         t if t is None or like is None or t.dtype == like.dtype else t.to(like.dtype)

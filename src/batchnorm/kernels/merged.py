@@ -1,4 +1,4 @@
-"""Batch normalization by the loops where the moments are of more than the tensor: those of all processes.
+"""Batch normalization by the Numba kernel where the moments are of more than the tensor: those of all processes.
 
 Between a tensor's own sums and what is done with the sums of all, somebody else merges them: once in the forward, once
 in the backward.
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.activations import PIECEWISE
+from batchnorm.activations import Activation
 from batchnorm.kernels import cpu, gate, plans
 from batchnorm.kernels.choice import record
-from batchnorm.kernels.operators import Extras, again
+from batchnorm.kernels.form import Epilogue
+from batchnorm.kernels.operators import gated, slope_bits
 
 
 class Merging(NamedTuple):
@@ -31,19 +32,19 @@ class Merging(NamedTuple):
     backward: Callable[[Tensor], Tensor]
 
 
-def merged_cpu(
+def normalize_merged(
     x: Tensor,
     plan: plans.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    extras: Extras,
+    epilogue: Epilogue,
     sets: cpu.Sets,
     merging: Merging,
 ) -> Tensor:
-    """Normalize with merged moments; `plan` is a ``given_plan``, `sets` are one set, this tensor; it may be empty."""
+    """Normalize with merged moments; `plan` is an ``inference_plan``, `sets` one set, this tensor; it can be empty."""
     record.forward = "numba"
-    y: Tensor = _Merged.apply(x, plan, weight, bias, extras.residual, eps, extras, sets, merging)
+    y: Tensor = _Merged.apply(x, weight, bias, epilogue.residual, plan, eps, epilogue.activation, sets, merging)
     return y
 
 
@@ -54,24 +55,24 @@ class _Merged(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        plan: plans.Plan,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        plan: plans.Plan,
         eps: float,
-        extras: Extras,
+        activation: Activation | None,
         sets: cpu.Sets,
         merging: Merging,
     ) -> Tensor:
         assert sets.moments is not None
-        activation = extras.activation
         if x.numel() > 0:
             cpu.moments_of(x, plan, sets)
         moments, count = merging.forward(sets.moments[0, :2])
-        piecewise = activation is not None and activation.name in PIECEWISE
-        bits = plan.bits() if piecewise and residual is not None else None
-        fused = cpu.Fused(activation, residual, bits)
-        y = cpu.evaluate(x, plan, moments, weight, bias, eps, fused, sets) if x.numel() > 0 else torch.empty_like(x)
+        bits = slope_bits(plan, activation, residual is not None)
+        if x.numel() > 0:
+            y = cpu.evaluate(x, plan, moments, weight, bias, eps, Epilogue(activation, residual), bits, sets)
+        else:
+            y = torch.empty_like(x)
         from_z = activation is not None and bits is None
         ctx.save_for_backward(x, weight, bias if from_z else None, residual if from_z else None, bits)
         ctx.rest = plan, moments, eps, activation, sets, merging, count
@@ -79,36 +80,32 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, residual, bits = ctx.saved_tensors
         plan, moments, eps, activation, sets, merging, count = ctx.rest
+        dx: Tensor | None
+        dz: Tensor | None
         empty = dy.numel() == 0
         if torch.is_grad_enabled() or not (gate.readable(dy) or empty):
             raise RuntimeError(
-                "batch_norm over several processes cannot be differentiated twice by the loops, nor for many gradients "
-                'at once: insist on plain PyTorch in the forward, with batchnorm.kernels.using("reference")'
+                "batch_norm over several processes cannot be differentiated twice by the Numba kernel, nor for many "
+                "gradients at once: insist on plain PyTorch in the forward, with "
+                'batchnorm.kernels.using("reference")'
             )
         record.backward = "numba"
         needs = ctx.needs_input_grad
-        weight, bias = gate.parameter("weight", weight, plan), gate.parameter("bias", bias, plan)
-        own = torch.zeros(2, plan.channels, dtype=torch.float64, device="cpu")
-        dx = dz = None
-        if not empty:
-            x = gate.like_x("input", x, plan)
-            fused = again(plan, activation, residual, bits, inplace=False)
-            dx, dz, own = cpu.backward_of_merged(
-                dy, x, plan, weight, bias, moments, eps, fused, needs[4], sets,
-                lambda sums: (merging.backward(sums), count),
-            )  # fmt: skip
-        else:  # the others wait for this process
+        if empty:  # the others wait for this process
+            own = torch.zeros(2, plan.channels, dtype=torch.float64, device="cpu")
             merging.backward(own)
             dx, dz = torch.zeros_like(dy), torch.zeros_like(dy)
+        else:
+            x, weight, bias, residual, bits = gated(plan, *ctx.saved_tensors)
+            assert x is not None
+            dx, dz, own = cpu.backward_of_merged(
+                dy, x, plan, weight, bias, moments, eps, Epilogue(activation, residual), bits, needs[3], sets,
+                lambda sums: (merging.backward(sums), count),
+            )  # fmt: skip
         total, product = own
-        inverse = (moments[1] + eps).rsqrt()
-        grad_weight = product * inverse
+        grad_weight = product * (moments[1] + eps).rsqrt()
         if moments.shape[0] == 4:
             grad_weight = grad_weight * moments[2] + total * moments[3]
-        return (
-            dx if needs[0] else None, None,
-            grad_weight.to(plan.statistics) if needs[2] else None, total.to(plan.statistics) if needs[3] else None,
-            dz if needs[4] else None, None, None, None, None,
-        )  # fmt: skip
+        grads = dx, grad_weight.to(plan.statistics), total.to(plan.statistics), dz
+        return *(g if need else None for g, need in zip(grads, needs[:4], strict=True)), None, None, None, None, None

@@ -6,6 +6,7 @@ The division depends on the tensor's shape alone, so that results are the same f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -14,13 +15,12 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import PLAIN, Form
+from batchnorm.kernels.key import PLAIN, Form
+from batchnorm.kernels.loops.table import COLUMNS, GROUP
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SLAB = 256 * 1024  # bytes: half a second-level cache, what one thread can keep at hand between two passes
 _SMALL_SPACE = 32  # runs shorter than this are seen as columns
-_COLUMNS = 512  # the loops' limit of columns in a block
-_GROUP = 16  # the loops' limit of channels in a group
 _LONG = 16384  # neighbours in one part of a long run
 PER_THREAD = 32 * 1024  # bytes that are worth waking a thread for
 
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     gradient: Tensor
     strides: tuple[int, int, int]  # over batch, channels and space
     share: float  # of one value in its channel: 1 / (batch · space)
-    row_bits: int  # of a run's or row's mask
+    row_bits: int  # slope bits of a run or row, in whole bytes
     sizes: tuple[int, int, int, int, int, int, int]  # as the loops' slots BITS_ROW to BLOCK want them
     layout: tuple[torch.Size, tuple[int, ...]]  # shape and strides of the tensor
     format: torch.memory_format  # of the output and of gradients, as torch has it: channels_last or contiguous
@@ -66,49 +66,42 @@ class Plan(NamedTuple):
         """Memory for an output or a gradient of x, the plan's tensor."""
         return torch.empty_like(x) if self.alike else torch.empty_like(x, memory_format=self.format)
 
-    def bits(self) -> Tensor:
-        """Memory for a mask of the tensor, not filled."""
-        return torch.empty(self.bits_size(), dtype=torch.uint8, device="cpu")
+    @property
+    def runs(self) -> int:
+        """Runs or rows of a sample, each with whole bytes of slope bits."""
+        return {"planes": self.channels, "rows": self.space, "small": 1}[self.kind]
 
-    def bits_size(self) -> torch.Size:
+    def slope_bits(self) -> Tensor:
+        """Memory for a bit an element, not filled."""
+        return torch.empty(self.slope_bits_size(), dtype=torch.uint8, device="cpu")
+
+    def slope_bits_size(self) -> torch.Size:
         """How many bytes that takes."""
-        lines = self.batch * {"planes": self.channels, "rows": self.space, "small": 1}[self.kind]
-        return torch.Size([lines * self.row_bits // 8])
+        return torch.Size([self.batch * self.runs * self.row_bits // 8])
+
+    def named_sizes(self) -> dict[str, int]:
+        """The slots BITS_ROW to BLOCK."""
+        names = ("BITS_ROW", "BATCH", "CHANNELS", "SPACE", "X_CHANNEL", "PARTS", "BLOCK")
+        return dict(zip(names, self.sizes, strict=True))
 
 
-def laid_out_sets(x: Tensor, size: int, weighted: bool) -> tuple[Tensor, Plan]:
-    """`laid_out` for moments over sets or over weighted positions."""
-    found = sets_plan(x.shape, x.stride(), x.dtype, size, weighted)
-    if found is None:
-        x = x.contiguous(memory_format=memory_format(x))
-        found = sets_plan(x.shape, x.stride(), x.dtype, size, weighted)
-        assert found is not None, "tensors of such a format can always be read"
-    return x, found
-
-
-def laid_out(x: Tensor, given: bool = False) -> tuple[Tensor, Plan]:
-    """x itself where the loops can read it, else a copy that they can (autograd sees it made); and the plan for it."""
-    planned = given_plan if given else plan
-    found = planned(x.shape, x.stride(), x.dtype)
-    if found is None:
-        x = x.contiguous(memory_format=memory_format(x))
-        found = planned(x.shape, x.stride(), x.dtype)
-        assert found is not None, "tensors of such a format can always be read"
-    return x, found
+def served(dtype: torch.dtype, dimensions: int) -> bool:
+    """Whether there are loops for such tensors."""
+    return dtype in _DTYPES and 2 <= dimensions <= 5
 
 
 @lru_cache(maxsize=4096)
 def plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
     """How to serve tensors of that shape, layout and dtype; None where the loops cannot or where no variance exists."""
-    if dtype not in DTYPES or not 2 <= len(shape) <= 5 or shape.numel() <= shape[1]:
+    if not served(dtype, len(shape)) or shape.numel() <= shape[1]:
         return None
     seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
     return None if seen is None else planned((shape, strides), dtype, seen, *_divide(*seen, dtype.itemsize))
 
 
 @lru_cache(maxsize=4096)
-def given_plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
-    """The same with given moments: no channel needs to stay in cache, and runs go in memory order."""
+def inference_plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Plan | None:
+    """The same with fixed moments: no channel needs to stay in cache, and runs go in memory order."""
     seen = _view(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
     if seen is None:
         return None
@@ -133,6 +126,21 @@ def sets_plan(
     if kind == "rows" and fused and size < batch:  # one set after the other: each must have blocks for all threads
         block = min(block, -(-channels // 64) * 16)
     return planned((shape, strides), dtype, (kind, batch, channels, space), fused, parts, block)
+
+
+def laid_out(x: Tensor, find: Callable[..., Plan | None] = plan) -> tuple[Tensor, Plan]:
+    """x itself where the loops can read it, else a copy that they can (autograd sees it made); and the plan for it."""
+    found = find(x.shape, x.stride(), x.dtype)
+    if found is None:
+        x = x.contiguous(memory_format=memory_format(x))
+        found = find(x.shape, x.stride(), x.dtype)
+        assert found is not None, "tensors of such a format can always be read"
+    return x, found
+
+
+def laid_out_sets(x: Tensor, size: int, weighted: bool) -> tuple[Tensor, Plan]:
+    """`laid_out` for moments over sets or over weighted positions."""
+    return laid_out(x, lambda *view: sets_plan(*view, size, weighted))
 
 
 @lru_cache(maxsize=4096)
@@ -230,13 +238,13 @@ def _divide(kind: str, batch: int, channels: int, space: int, itemsize: int) -> 
     if kind == "planes":
         if channels >= 8 or batch * channels * space * itemsize <= _SLAB:
             fits = _SLAB // (batch * space * itemsize)
-            return True, 0, max(1, min(_GROUP, fits, channels // 16))
+            return True, 0, max(1, min(GROUP, fits, channels // 16))
         return False, *_cut_planes(space)
     if kind == "small":
-        return True, 0, _COLUMNS // space * space
+        return True, 0, COLUMNS // space * space
     rows = batch * space
-    if rows * min(_COLUMNS, channels) * itemsize <= _SLAB:
-        return True, 0, _COLUMNS
+    if rows * min(COLUMNS, channels) * itemsize <= _SLAB:
+        return True, 0, COLUMNS
     return False, *_cut_rows(rows, channels, itemsize)
 
 

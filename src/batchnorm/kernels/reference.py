@@ -90,7 +90,7 @@ def sets_forward(
     N, C = x.shape[:2]
     parts = max(-(-N // size) if size else 1, 1)
     rows = size if parts > 1 else N
-    wide = x.to(accumulate_dtype(x)).reshape(N, C, math.prod(x.shape[2:]))
+    wide = _viewable(x, x).reshape(N, C, math.prod(x.shape[2:]))
     added = parts * rows - N
     if added and weights is None:
         weights = wide.new_ones(N, wide.shape[2])
@@ -166,34 +166,58 @@ def running_update(
     running_var: Tensor,
     mean: Tensor,
     var: Tensor,
-    count: Tensor | float,
+    count: Tensor | float | None,
     factor: Tensor | float,
+    update: Tensor | None = None,
+    renorm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move the running statistics towards a batch's: ``(1 - factor) * running + factor * batch``.
 
-    A batch teaches nothing, and so changes nothing, if the mean or variance of any channel would be stored as nan or
-    infinite; and a channel stays as it is if it has one value or none, which has no unbiased variance.
+    Nothing changes if the mean or variance of any channel would be stored as nan or infinite; and a channel stays as it
+    is if it has one value or none, which has no unbiased variance.
 
     Args:
         running_mean, running_var: ``(C,)``, of any floating dtype; they are not changed.
         mean, var: the batch's mean and biased variance, ``(C,)``.
-        count: values per channel, for all or each, a number or ``(C,)``.
+        count: values per channel, for all or each, a number or ``(C,)``; None where ``var`` is unbiased already.
         factor: the weight of the batch, from 0 to 1: PyTorch's momentum. A number or a tensor without dimensions.
+        update: whether, or which, statistics move; as ``can_update`` says if not given.
+        renorm_eps: average the deviation, with this eps in it, instead of the variance, as batch renormalization does.
 
     Returns:
         The new running mean and the new, unbiased running variance, in the old ones' dtypes.
 
     Source: the unbiased variance is that of Algorithm 2; the moving average, section 3.1.
     """
+    new_var = unbiased(var, count)
+    if update is None:
+        update = can_update(mean, new_var, count, running_mean.dtype, running_var.dtype)
+    new_mean = (1 - factor) * running_mean + factor * mean
+    if renorm_eps is None:
+        new_var = (1 - factor) * running_var + factor * new_var
+    else:
+        running_sigma, sigma = ((t.to(var.dtype) + renorm_eps).sqrt() for t in (running_var, var))
+        new_var = (((1 - factor) * running_sigma + factor * sigma).square() - renorm_eps).clamp(min=0)
+    return (
+        torch.where(update, new_mean.to(running_mean.dtype), running_mean),
+        torch.where(update, new_var.to(running_var.dtype), running_var),
+    )
+
+
+def can_update(
+    mean: Tensor, unbiased: Tensor, count: Tensor | float | None, mean_dtype: torch.dtype, var_dtype: torch.dtype
+) -> Tensor:
+    """Say where running statistics of these dtypes can follow; what is finite in float64 may not be in float32."""
+    finite = mean.to(mean_dtype).isfinite().all() & unbiased.to(var_dtype).isfinite().all()
+    return finite if count is None else finite & (torch.zeros_like(unbiased) + count > 1)
+
+
+def unbiased(var: Tensor, count: Tensor | float | None) -> Tensor:
+    """Make biased variances of ``count`` values unbiased, those of more than one; None says that they are."""
+    if count is None:
+        return var
     count = torch.zeros_like(var) + count
-    enough = count > 1
-    unbiased = var * torch.where(enough, count / (count - 1), 1.0)
-    # Judged in the dtype that stores it: what is finite in float64 may not be in float32.
-    mean, unbiased = mean.to(running_mean.dtype), unbiased.to(running_var.dtype)
-    update = enough & mean.isfinite().all() & unbiased.isfinite().all()
-    new_mean = torch.where(update, (1 - factor) * running_mean + factor * mean, running_mean)
-    new_var = torch.where(update, (1 - factor) * running_var + factor * unbiased, running_var)
-    return new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
+    return var * torch.where(count > 1, count / (count - 1), 1.0)
 
 
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
@@ -207,4 +231,12 @@ def _all_but_channel(x: Tensor) -> tuple[int, ...]:
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape ``(C,)`` so that it broadcasts against ``(N, C, *space)``, in the dtype that is computed in."""
-    return values.to(accumulate_dtype(x)).reshape(values.shape[0], *(1,) * (x.dim() - 2))
+    return _viewable(values, x).reshape(values.shape[0], *(1,) * (x.dim() - 2))
+
+
+def _viewable(t: Tensor, x: Tensor) -> Tensor:
+    """In the dtype that is computed in, and without a negative bit.
+
+    torch (2.13) makes no view of a dual tensor whose primal has that bit and whose tangent has not.
+    """
+    return t.to(accumulate_dtype(x)).resolve_neg()

@@ -25,7 +25,7 @@ def main() -> None:
         module.__path__ = [str(folder)]
         sys.modules[name] = module
     from batchnorm.kernels import cache, compile
-    from batchnorm.kernels.form import Form, Key
+    from batchnorm.kernels.key import Form, Key
 
     while True:
         idle = threading.Timer(_IDLE, os._exit, (0,))

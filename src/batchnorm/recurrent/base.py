@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from batchnorm.recurrent.steps import Norm, rows_of, track
+from batchnorm.arguments import check_momentum
+from batchnorm.recurrent.steps import Norm, rows_of, update_steps
 
 __all__ = ["Recurrent", "Sequence", "State"]
 
@@ -68,8 +69,7 @@ class Recurrent(nn.Module):
             warnings.warn(f"dropout={self.dropout} acts between layers: one layer has none", stacklevel=4)
         if self.eps <= 0:
             raise ValueError(f"eps must be positive, got {self.eps}: a first hidden state of zeros has no variance")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be between 0 and 1 (the weight of the new value), got {self.momentum}")
+        check_momentum(self.momentum)
 
     @property
     def _directions(self) -> int:
@@ -243,15 +243,14 @@ class Recurrent(nn.Module):
             state = self._step(t, x, state, recurrent, norms)
             outputs.append(state[0])
         if self.training:
-            self._learn(suffix, norms, [size for size in sizes if size > 1])
+            self._update_running(suffix, norms, [size for size in sizes if size > 1])
         ends = [state, *reversed(ended)]
         return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
 
-    @torch.no_grad()
-    def _learn(self, suffix: str, norms: dict[str, Norm], sizes: list[int]) -> None:
+    def _update_running(self, suffix: str, norms: dict[str, Norm], sizes: list[int]) -> None:
         """Move the running statistics by what a forward has seen; the first steps had ``sizes`` sequences."""
         running = [self._running(what, suffix) for what in norms]
-        track(list(norms.values()), running, getattr(self, "num_batches_tracked" + suffix), sizes, self.momentum)
+        update_steps(list(norms.values()), running, getattr(self, "num_batches_tracked" + suffix), sizes, self.momentum)
 
     def _inputs(self, suffix: str, data: Tensor, sizes: list[int], norm: Norm) -> tuple[Tensor, ...]:
         """Give the normalized product of the input at each step: one product and, if it can be, one normalization."""

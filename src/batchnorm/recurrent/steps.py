@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional import batch_norm
+from batchnorm.kernels.running import Running, update_running
 from batchnorm.moments import Moments, accumulate_dtype
 
-__all__ = ["Norm", "rows_of", "track"]
+__all__ = ["Norm", "rows_of", "update_steps"]
 
 
 @dataclass(eq=False)
@@ -67,7 +68,8 @@ def rows_of(batches: Tensor, steps: int) -> Tensor:
     return torch.minimum(torch.arange(steps, device=batches.device), last)
 
 
-def track(
+@torch.no_grad()
+def update_steps(
     norms: list[Norm], running: list[tuple[Tensor, Tensor]], batches: Tensor, sizes: list[int], momentum: float | None
 ) -> None:
     """Move the running statistics, in place, by a batch whose steps had ``sizes`` sequences, two or more each.
@@ -85,12 +87,10 @@ def track(
     good = torch.stack([norm.good == norm.calls for norm in norms]).all()
     batches = batches[:rows]
     batches.add_(good)
-    for norm, buffers in zip(norms, running, strict=True):
+    for norm, (mean, var) in zip(norms, running, strict=True):
+        factor = momentum if momentum is not None else 1 / batches.clamp(min=1).to(mean.dtype).unsqueeze(1)
         seen = _last_shared(norm.mean[: len(sizes)], norm.var[: len(sizes)], sizes, rows)
-        for old, new in zip(buffers, seen, strict=True):
-            old = old[:rows]
-            factor = momentum if momentum is not None else 1 / batches.clamp(min=1).to(old.dtype).unsqueeze(1)
-            old.copy_(torch.where(good, (1 - factor) * old + factor * new, old))
+        update_running(Running(mean[:rows], var[:rows], None, factor), None, *seen, when=good)
 
 
 def _last_shared(mean: Tensor, var: Tensor, sizes: list[int], rows: int) -> tuple[Tensor, Tensor]:

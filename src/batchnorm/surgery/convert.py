@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.statistics import Policy, Sync, check_policy, over_group, own, part
+from batchnorm.statistics import Policy, bind, check_policy, over_group, resolve
 from batchnorm.surgery.adopt import SYNCED, adopted_activation, give_back, obstacle, take_over
 from batchnorm.surgery.find import FROZEN, TORCHS, is_batch_norm, is_frozen
 from batchnorm.surgery.fusing.rewrite import Absorbed
@@ -72,7 +72,7 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
             continue
         reason = None if type(module) in TORCHS else obstacle(module)
         if reason == SYNCED:
-            reason = None if part(statistics, Sync) else f"{SYNCED}, which convert(model, statistics=Sync()) keeps"
+            reason = None if resolve(statistics).sync else f"{SYNCED}, which convert(model, statistics=Sync()) keeps"
         if reason is not None:
             skipped[name] = reason
             continue
@@ -80,7 +80,7 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
             take_over(module)
         if statistics is not None:
             group = getattr(module, "process_group", None)  # of what was SyncBatchNorm
-            module.statistics = own(over_group(statistics, group), name)
+            module.statistics = bind(over_group(statistics, group), name)
         activation = adopted_activation(module)
         told = (type(module).__name__, activation and f"with {activation.name}", statistics)
         converted[name] = ", ".join(str(each) for each in told if each is not None)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.layers import channels_of
-from batchnorm.statistics import Policy, own
+from batchnorm.statistics import Policy, bind
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
 from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
@@ -169,7 +169,7 @@ def _changed(name: str, layer: Any, by: str | Policy) -> str:
     if isinstance(by, Policy):
         if type(layer) not in TORCHS:
             take_over(layer)
-        layer.statistics = own(by, name)
+        layer.statistics = bind(by, name)
         return f"{type(layer).__name__} with {by!r}"
     _settle(layer)
     ours, channels = type(layer) in TORCHS, channels_of(layer)

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from batchnorm.kernels.elementary import erfc, exp, expm1, like, log1p, where_at_most, where_less
-from batchnorm.kernels.form import Form
+from batchnorm.kernels.key import Form
 from batchnorm.kernels.loops.slots import loop
 from batchnorm.kernels.simd import fma
 
@@ -183,7 +183,7 @@ def compiled(form: Form) -> Any:
     module: Any = types.ModuleType(f"form_{form}")
     for name in ("value", "gradient", "off", "inverse"):
         setattr(module, name, loop(getattr(activation, name)))
-    module.RESIDUAL, module.BITS, module.INPLACE, module.GIVEN, module.WEIGHTED = form[1:]
+    module.RESIDUAL, module.SLOPE_BITS, module.INPLACE, module.FIXED_MOMENTS, module.WEIGHTED = form[1:]
     module.ACTIVE = form.activation is not None
-    module.FROM_Z = form.inplace or (module.ACTIVE and not form.bits)  # the backward needs z itself
+    module.FROM_Z = form.inplace or (module.ACTIVE and not form.slope_bits)  # the backward needs z itself
     return module

@@ -4,44 +4,8 @@ from __future__ import annotations
 
 import math
 
-from batchnorm.kernels.loops.slots import (
-    BIAS,
-    CHANNELS,
-    COEFFICIENTS,
-    COUNT,
-    COUNTER,
-    D_MAX,
-    EPS,
-    FACTOR,
-    FIRST,
-    GRAD_BIAS,
-    GRAD_WEIGHT,
-    INDEX,
-    LAST,
-    MOMENT_ROWS,
-    MOMENTS,
-    PARTIALS,
-    PARTS,
-    R_MAX,
-    RUNNING_MEAN,
-    RUNNING_VAR,
-    SETS,
-    SHARE,
-    SPACE,
-    WEIGHT,
-    WEIGHTS,
-    X_CHANNEL,
-    X,
-    body,
-    due,
-    f64,
-    i64,
-    loop,
-    meet,
-    real,
-    select,
-    share,
-)
+from batchnorm.kernels.loops.slots import as_float, barrier, body, f64, i64, loop, select, share, stage_enabled
+from batchnorm.kernels.loops.table import *
 from batchnorm.kernels.simd import load, offset, pointer, store
 
 
@@ -54,21 +18,21 @@ def optional(address, index, dtype, default):
 def write_moments(a, c, shift, s, q, param):
     """Mean and biased variance of channel c, from the sums of d and d² around the shift."""
     moments = pointer(a[MOMENTS], f64)
-    m = s * real(a, SHARE)
-    var = q * real(a, SHARE) - m * m
+    m = s * as_float(a, SHARE)
+    var = q * as_float(a, SHARE) - m * m
     mean, var = shift + m, 0.0 if var < 0.0 else var
     channels = a[CHANNELS]
     moments[c], moments[channels + c] = mean, var
-    if real(a, R_MAX) != 0.0:
+    if as_float(a, R_MAX) != 0.0:
         moments[2 * channels + c], moments[3 * channels + c] = renormed(a, c, mean, var, param)
 
 
 @loop
 def renormed(a, c, mean, var, param):
     """(r, d) that take the batch's moments to the running ones: Ioffe 2017, arXiv 1702.03275, Algorithm 1."""
-    sigma = math.sqrt(f64(pointer(a[RUNNING_VAR], param)[c]) + real(a, EPS))
-    r, d = math.sqrt(var + real(a, EPS)) / sigma, (mean - f64(pointer(a[RUNNING_MEAN], param)[c])) / sigma
-    r_max, d_max = real(a, R_MAX), real(a, D_MAX)
+    sigma = math.sqrt(f64(pointer(a[RUNNING_VAR], param)[c]) + as_float(a, EPS))
+    r, d = math.sqrt(var + as_float(a, EPS)) / sigma, (mean - f64(pointer(a[RUNNING_MEAN], param)[c])) / sigma
+    r_max, d_max = as_float(a, R_MAX), as_float(a, D_MAX)
     return min(max(r, 1.0 / r_max), r_max), min(max(d, -d_max), d_max)
 
 
@@ -92,7 +56,7 @@ def forward_coefficients(a, c, param, acc):
     mean, var = moments[c], moments[a[CHANNELS] + c]
     r, d = renorm_of(a, c)
     weight = optional(a[WEIGHT], c, param, 1.0)
-    scale = weight * r * (1.0 / math.sqrt(var + real(a, EPS)))
+    scale = weight * r * (1.0 / math.sqrt(var + as_float(a, EPS)))
     rounded = acc(mean)
     shift = optional(a[BIAS], c, param, 0.0) + weight * d
     return rounded, acc(scale), acc(shift - (mean - f64(rounded)) * scale)
@@ -103,19 +67,19 @@ def backward_coefficients(a, c, param, acc, s, t):
     """(A, B, C) so that dx = A·(dz + B·(x − mean) + C), and the gradients of weight and bias.
 
     s = Σdz and t = Σdz·(x − mean); Ioffe & Szegedy 2015, section 3, with x̂ written out. A share of 0 says that the
-    moments were given, so that x does not move them.
+    moments are fixed: x does not move them.
     """
     moments = pointer(a[MOMENTS], f64)
     mean, var = moments[c], moments[a[CHANNELS] + c]
-    inverse = 1.0 / math.sqrt(var + real(a, EPS))
+    inverse = 1.0 / math.sqrt(var + as_float(a, EPS))
     r, d = renorm_of(a, c)  # constants
     add_up(a, GRAD_WEIGHT, c, param, t * inverse * r + s * d)
     add_up(a, GRAD_BIAS, c, param, s)
     scale = optional(a[WEIGHT], c, param, 1.0) * r * inverse
-    if real(a, SHARE) == 0.0:
+    if as_float(a, SHARE) == 0.0:
         return acc(scale), acc(0.0), acc(0.0)
-    slope = -inverse * inverse * t * real(a, SHARE)
-    return acc(scale), acc(slope), acc(-s * real(a, SHARE) - slope * (mean - f64(acc(mean))))
+    slope = -inverse * inverse * t * as_float(a, SHARE)
+    return acc(scale), acc(slope), acc(-s * as_float(a, SHARE) - slope * (mean - f64(acc(mean))))
 
 
 @loop
@@ -142,14 +106,14 @@ def update_running(a, param):
     Not at all if any of them would be stored as something not finite: one bad batch must not poison inference for good.
     Nor if it has one value or none, and so no variance.
     """
-    moments, channels, count = pointer(a[MOMENTS], f64), a[CHANNELS], real(a, COUNT)
+    moments, channels, count = pointer(a[MOMENTS], f64), a[CHANNELS], as_float(a, COUNT)
     if count <= 1.0:
         return
     unbiased = count / (count - 1.0)
     for c in range(channels):
         if not (math.isfinite(param(moments[c])) and math.isfinite(param(moments[channels + c] * unbiased))):
             return
-    factor = real(a, FACTOR)
+    factor = as_float(a, FACTOR)
     if a[COUNTER] != 0:
         counter = pointer(a[COUNTER], i64)
         counter[0] += 1
@@ -158,7 +122,7 @@ def update_running(a, param):
     if a[RUNNING_MEAN] == 0 or factor == 0.0:
         return
     mean, var = pointer(a[RUNNING_MEAN], param), pointer(a[RUNNING_VAR], param)
-    eps = real(a, EPS)
+    eps = as_float(a, EPS)
     for c in range(channels):
         mean[c] = param((1.0 - factor) * f64(mean[c]) + factor * moments[c])
         if a[MOMENT_ROWS] == 4:  # renormalization averages the deviation, with eps in it, instead of the variance
@@ -172,8 +136,8 @@ def update_running(a, param):
 def finish(whole, a, thread, param):
     """The last stage of a forward: one thread moves the running statistics by each set in order."""
     if whole[RUNNING_MEAN] != 0 or whole[COUNTER] != 0:
-        meet(whole)
-        if due(whole, LAST) and thread == 0:
+        barrier(whole)
+        if stage_enabled(whole, LAST) and thread == 0:
             for index in range(whole[SETS]):
                 select(whole, a, index)
                 update_running(a, param)
@@ -273,5 +237,5 @@ def backward_combine(a, thread, threads, param, acc):
 
 @loop
 def sums_wanted(a):
-    """Whether anything depends on the sums over a channel: only given moments with constant parameters do without."""
-    return real(a, SHARE) != 0.0 or a[GRAD_WEIGHT] != 0 or a[GRAD_BIAS] != 0
+    """Whether anything depends on the sums over a channel: only fixed moments with constant parameters do without."""
+    return as_float(a, SHARE) != 0.0 or a[GRAD_WEIGHT] != 0 or a[GRAD_BIAS] != 0

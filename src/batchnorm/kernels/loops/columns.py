@@ -20,41 +20,17 @@ from batchnorm.kernels.loops.channels import (
 )
 from batchnorm.kernels.loops.forms import activated, counted, input_gradient, put, residual_at, weighed
 from batchnorm.kernels.loops.slots import (
-    BATCH,
-    BITS,
-    BITS_ROW,
-    BLOCK,
-    CHANNELS,
-    COEFFICIENTS,
-    COLUMNS,
-    DY,
-    DY_BATCH,
-    DY_SPACE,
-    FIRST,
-    FIVE_COLUMNS,
-    GRAD_RESIDUAL,
-    MOMENTS,
-    OUT,
-    PARAMETER,
-    PARTIALS,
-    PARTS,
-    RESIDUAL,
-    SPACE,
-    STREAM,
-    STRETCH,
-    WEIGHTS,
-    X_CHANNEL,
-    X,
+    as_float,
+    barrier,
     body,
-    due,
     f64,
     lanewise,
     loop,
-    meet,
-    real,
     share,
+    stage_enabled,
     u8,
 )
+from batchnorm.kernels.loops.table import *
 from batchnorm.kernels.simd import (
     alloca,
     convert,
@@ -207,7 +183,7 @@ def apply_at(x, y, r, i, j, k, gap, bits, bit, p, weight, streaming, form, lanes
 def row_apply(a, row, stride, start, bit, width, k, gap, stored, acc, form):
     """Normalize `width` neighbours of a row with column vectors k, k + gap, k + 2·gap; residual; activation."""
     x, y, r = pointer(a[X], stored), pointer(a[OUT], stored), pointer(a[RESIDUAL], stored)
-    bits, p, streaming, j = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0, 0
+    bits, p, streaming, j = pointer(a[SLOPE_BITS], u8), acc(as_float(a, PARAMETER)), a[STREAM] != 0, 0
     at, weight = row * stride + start, row_weight(pointer(a[WEIGHTS], acc), row, form)
     while j + 8 <= width:
         apply_at(x, y, r, at + j, j, k, gap, bits, bit + j, p, weight, streaming, form, 8)
@@ -261,8 +237,13 @@ def one_row_backward(x, dy, r, i, g, j, k, gap, s, t, bits, bit, p, weight, form
 @loop
 def block_backward_sums(a, first, last, start, stride, width, base, k, gap, s, t, stored, acc, form):
     """Add Σdz and Σdz·(x − mean) of `width` columns from `start` on, over rows first..last, to s and t."""
-    x, r, p = pointer(a[X], stored), pointer(a[RESIDUAL], stored), acc(real(a, PARAMETER))
-    dy, bits, w, row = offset(pointer(a[DY], stored), start), pointer(a[BITS], u8), pointer(a[WEIGHTS], acc), first
+    x, r, p = pointer(a[X], stored), pointer(a[RESIDUAL], stored), acc(as_float(a, PARAMETER))
+    dy, bits, w, row = (
+        offset(pointer(a[DY], stored), start),
+        pointer(a[SLOPE_BITS], u8),
+        pointer(a[WEIGHTS], acc),
+        first,
+    )
     while row + 4 <= last:
         at, bit, line, here = row * stride + start, row * a[BITS_ROW] + base, a[BITS_ROW], offset(w, row)
         g0, g1, g2, g3 = dy_row(a, row), dy_row(a, row + 1), dy_row(a, row + 2), dy_row(a, row + 3)
@@ -303,7 +284,7 @@ def row_backward_apply(a, row, start, stride, width, base, k, gap, stored, acc, 
     """dx = A·(dz + weight·(B·(x − mean) + C)) with column vectors k (mean), k + gap (A) … k + 3·gap (C); dz itself."""
     x, dy, r = pointer(a[X], stored), offset(pointer(a[DY], stored), start), pointer(a[RESIDUAL], stored)
     dx, dz, gives = pointer(a[OUT], stored), pointer(a[GRAD_RESIDUAL], stored), a[GRAD_RESIDUAL] != 0
-    bits, p, streaming = pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0
+    bits, p, streaming = pointer(a[SLOPE_BITS], u8), acc(as_float(a, PARAMETER)), a[STREAM] != 0
     at, g, bit, j = row * stride + start, dy_row(a, row), row * a[BITS_ROW] + base, 0
     weight = row_weight(pointer(a[WEIGHTS], acc), row, form)
     while j + 8 <= width:
@@ -499,35 +480,35 @@ def rows_backward_apply(a, thread, threads, stored, acc, form):
 
 @body
 def rows_split_forward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
+    if stage_enabled(a, 0):
         rows_reduce(a, thread, threads, stored, acc, form)
-    meet(a)
-    if due(a, 1):
+    barrier(a)
+    if stage_enabled(a, 1):
         combine(a, thread, threads, stored, param, acc, form)
-    meet(a)
-    if due(a, 2):
+    barrier(a)
+    if stage_enabled(a, 2):
         rows_apply(a, thread, threads, stored, acc, form)
 
 
 @body
 def rows_split_backward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
+    if stage_enabled(a, 0):
         backward_prepare(a, thread, threads, param, acc, form)
-    meet(a)
-    if due(a, 1) and sums_wanted(a):
+    barrier(a)
+    if stage_enabled(a, 1) and sums_wanted(a):
         rows_backward_reduce(a, thread, threads, stored, acc, form)
-    meet(a)
-    if due(a, 2):
+    barrier(a)
+    if stage_enabled(a, 2):
         backward_combine(a, thread, threads, param, acc)
-    meet(a)
-    if due(a, 3) and a[OUT] != 0:
+    barrier(a)
+    if stage_enabled(a, 3) and a[OUT] != 0:
         rows_backward_apply(a, thread, threads, stored, acc, form)
 
 
 @body
 def rows_evaluate(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
+    if stage_enabled(a, 0):
         prepare(a, thread, threads, param, acc)
-    meet(a)
-    if due(a, 1):
+    barrier(a)
+    if stage_enabled(a, 1):
         rows_apply(a, thread, threads, stored, acc, form)

@@ -44,7 +44,7 @@ def counted(value, weight, form):
 def activated(v, residual, mean, scale, shift, bits, bit, p, form):
     """y from x."""
     z = fma(v - mean, scale, shift) + residual
-    if form.BITS:
+    if form.SLOPE_BITS:
         write_bits(bits, bit, form.gradient(like(z, 1.0), z, p), like(z, 1.0))
     return form.value(z, p)
 
@@ -56,7 +56,7 @@ def unpacked(g, v, residual, k, scale, shift, bits, bit, p, form):
         z = form.inverse(v, p)
         return form.gradient(g, z, p), (z - shift) * k
     d = v - k
-    if form.BITS:
+    if form.SLOPE_BITS:
         return choose(bits, bit, g, form.off(g, p)), d
     return form.gradient(g, fma(d, scale, shift) + residual, p), d
 
@@ -71,7 +71,7 @@ def weighed(g, v, residual, k, scale, shift, bits, bit, p, weight, form):
 @loop
 def input_gradient(g, d, w, ca, cb, cc, form):
     """dx from dz, x − mean and the weight with which x counted in the moments."""
-    if form.GIVEN:
+    if form.FIXED_MOMENTS:
         return g * ca
     if form.WEIGHTED:
         return ca * fma(w, fma(d, cb, cc), g)

@@ -29,39 +29,16 @@ from batchnorm.kernels.loops.forms import (
     weight_pair,
 )
 from batchnorm.kernels.loops.slots import (
-    BATCH,
-    BITS,
-    BITS_ROW,
-    BLOCK,
-    CHANNELS,
-    COEFFICIENTS,
-    DY,
-    DY_BATCH,
-    DY_CHANNEL,
-    DY_SPACE,
-    FIVE_GROUPS,
-    GRAD_RESIDUAL,
-    GROUP,
-    MOMENTS,
-    OUT,
-    PARAMETER,
-    PARTIALS,
-    PARTS,
-    RESIDUAL,
-    SPACE,
-    STREAM,
-    VALUES,
-    WEIGHTS,
-    X,
+    as_float,
+    barrier,
     body,
-    due,
     f64,
     loop,
-    meet,
-    real,
     share,
+    stage_enabled,
     u8,
 )
+from batchnorm.kernels.loops.table import *
 from batchnorm.kernels.simd import (
     alloca,
     convert,
@@ -221,7 +198,7 @@ def weighted_group_sums(a, x, first, width, start, length, origin, shift, s, q, 
 def run_apply(a, at, place, bit, n, mean, scale, shift, stored, acc, form):
     """Normalize n neighbours from `at` on, add the residual, apply the activation; their weights begin at `place`."""
     x, y, streaming = offset(pointer(a[X], stored), at), offset(pointer(a[OUT], stored), at), a[STREAM] != 0
-    r, bits, p = offset(pointer(a[RESIDUAL], stored), at), pointer(a[BITS], u8), acc(real(a, PARAMETER))
+    r, bits, p = offset(pointer(a[RESIDUAL], stored), at), pointer(a[SLOPE_BITS], u8), acc(as_float(a, PARAMETER))
     weights = offset(pointer(a[WEIGHTS], acc), place)
     i = 0
     while i + 16 <= n:
@@ -249,7 +226,7 @@ def run_backward_sums(a, at, place, g, bit, n, k, scale, shift, stored, acc, for
     """Σdz and Σdz·(x − mean) in float64 over n neighbours; dy begins at g, weights at `place`."""
     x, dy = offset(pointer(a[X], stored), at), offset(pointer(a[DY], stored), g)
     r = offset(pointer(a[RESIDUAL], stored), at)
-    step, bits, p = a[DY_SPACE], pointer(a[BITS], u8), acc(real(a, PARAMETER))
+    step, bits, p = a[DY_SPACE], pointer(a[SLOPE_BITS], u8), acc(as_float(a, PARAMETER))
     weights = offset(pointer(a[WEIGHTS], acc), place)
     s_all, t_all = splat(0.0, 8), splat(0.0, 8)
     s, t = 0.0, 0.0
@@ -326,7 +303,7 @@ def run_backward_apply(a, at, place, g, bit, n, k, ca, cb, cc, shift, stored, ac
     r = offset(pointer(a[RESIDUAL], stored), at)
     dx, dz = offset(pointer(a[OUT], stored), at), offset(pointer(a[GRAD_RESIDUAL], stored), at)
     gives, weights = a[GRAD_RESIDUAL] != 0, offset(pointer(a[WEIGHTS], acc), place)
-    step, bits, p, streaming = a[DY_SPACE], pointer(a[BITS], u8), acc(real(a, PARAMETER)), a[STREAM] != 0
+    step, bits, p, streaming = a[DY_SPACE], pointer(a[SLOPE_BITS], u8), acc(as_float(a, PARAMETER)), a[STREAM] != 0
     i = 0
     while i + 16 <= n:
         v, w = load_pair(x, i)
@@ -483,35 +460,35 @@ def planes_backward_apply(a, thread, threads, stored, acc, form):
 
 @body
 def planes_split_forward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
+    if stage_enabled(a, 0):
         planes_reduce(a, thread, threads, stored, acc, form)
-    meet(a)
-    if due(a, 1):
+    barrier(a)
+    if stage_enabled(a, 1):
         combine(a, thread, threads, stored, param, acc, form)
-    meet(a)
-    if due(a, 2):
+    barrier(a)
+    if stage_enabled(a, 2):
         planes_apply(a, thread, threads, stored, acc, form)
 
 
 @body
 def planes_split_backward(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
+    if stage_enabled(a, 0):
         backward_prepare(a, thread, threads, param, acc, form)
-    meet(a)
-    if due(a, 1) and sums_wanted(a):
+    barrier(a)
+    if stage_enabled(a, 1) and sums_wanted(a):
         planes_backward_reduce(a, thread, threads, stored, acc, form)
-    meet(a)
-    if due(a, 2):
+    barrier(a)
+    if stage_enabled(a, 2):
         backward_combine(a, thread, threads, param, acc)
-    meet(a)
-    if due(a, 3) and a[OUT] != 0:
+    barrier(a)
+    if stage_enabled(a, 3) and a[OUT] != 0:
         planes_backward_apply(a, thread, threads, stored, acc, form)
 
 
 @body
 def planes_evaluate(a, thread, threads, stored, param, acc, form):
-    if due(a, 0):
+    if stage_enabled(a, 0):
         prepare(a, thread, threads, param, acc)
-    meet(a)
-    if due(a, 1):
+    barrier(a)
+    if stage_enabled(a, 1):
         planes_apply(a, thread, threads, stored, acc, form)

@@ -1,35 +1,16 @@
-"""The one argument of every loop: a block of 8-byte slots; and who does which share of the work."""
+"""What every loop does with its slots: who does which share of the work, which stage, which set of samples."""
 
 from __future__ import annotations
 
 import numba
 from numba import types
 
+from batchnorm.kernels.loops.table import *
 from batchnorm.kernels.pipeline import Pipeline
 from batchnorm.kernels.simd import call_int, call_void, convert, load, pointer, reinterpret, splat, total
 
 f32, f64 = types.float32, types.float64
 i64, u8 = types.int64, types.uint8
-
-# The one argument of every entry: a block of 8-byte slots, in this order (`cpu.py` packs it).
-(
-    X, DY, OUT, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, COUNTER, MOMENTS, COEFFICIENTS, PARTIALS,
-    GRAD_WEIGHT, GRAD_BIAS, RESIDUAL, GRAD_RESIDUAL, BITS, BITS_ROW,
-    BATCH, CHANNELS, SPACE, X_CHANNEL, PARTS, BLOCK, DY_BATCH, DY_CHANNEL, DY_SPACE, STREAM,
-    EPS, FACTOR, SHARE, PARAMETER,
-    SETS, SET_SIZE, BITS_SAMPLE, MOMENT_ROWS, ITEM, WEIGHTS, COUNTS, INDEX, FIRST, COUNT, R_MAX, D_MAX,
-    THREAD, THREADS, THREAD_NUMBER, NUMBER_OF_THREADS, BARRIER, STAGES,
-) = range(49)  # fmt: skip
-ALL_SLOTS = 49
-LAST = 8  # the stage that moves the running statistics, once all moments are there
-ONLY_LAST = 1 << LAST
-
-COLUMNS = 512  # the widest block of columns, whose sums and coefficients live on the stack
-FIVE_COLUMNS = 5 * COLUMNS
-GROUP = 16  # the most channels whose short runs are read together
-FIVE_GROUPS = 5 * GROUP
-STRETCH = 32768  # values that are read forwards in a pass that goes backwards
-VALUES = 2048  # that many values of a channel share a shift and sum up in float32
 
 _bare = {  # nobody calls them from Python
     "pipeline_class": Pipeline, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
@@ -46,7 +27,7 @@ def share(count, thread, threads):
 
 
 @loop
-def who(a):
+def thread_id(a):
     """(number of this thread, number of threads); where OpenMP made the team, OpenMP is asked."""
     if a[THREAD] >= 0:
         return a[THREAD], a[THREADS]
@@ -54,20 +35,20 @@ def who(a):
 
 
 @loop
-def due(a, stage):
+def stage_enabled(a, stage):
     """Whether this call is to do that stage: STAGES has a bit for each."""
     return (a[STAGES] >> stage) & 1 != 0
 
 
 @loop
-def meet(a):
+def barrier(a):
     """Wait for the other threads to come here: the next stage reads what all of them wrote."""
     if a[BARRIER] != 0:
         call_void(a[BARRIER])
 
 
 @loop
-def real(a, slot):
+def as_float(a, slot):
     """A slot that holds a float64."""
     return reinterpret(a, f64)[slot]
 
@@ -89,7 +70,7 @@ def select(whole, a, index):
         for slot in (X, OUT, RESIDUAL, GRAD_RESIDUAL):
             move(a, slot, start * channels * space * whole[ITEM])
         move(a, DY, start * whole[DY_BATCH] * whole[ITEM])
-        move(a, BITS, start * whole[BITS_SAMPLE])
+        move(a, SLOPE_BITS, start * whole[BITS_SAMPLE])
         move(a, WEIGHTS, start * space * own)
         move(a, MOMENTS, index * whole[MOMENT_ROWS] * channels * 8)
     a[INDEX] = index

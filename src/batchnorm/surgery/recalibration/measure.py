@@ -120,7 +120,7 @@ class Watch:
                 site = sites[id(layer._running(what, suffix)[0])]
                 self._add(site, _of_steps(norm, sizes, site.mean.shape[0]))
 
-        vars(layer)["_learn"] = learn
+        vars(layer)["_update_running"] = learn
         layer.register_forward_hook(lambda module, args, output: self._count(module))
 
     def _add(self, site: Site, moments: Moments) -> None:
@@ -144,7 +144,7 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
         mask: as in ``batchnorm.functional.batch_norm``: ``(N, *space)`` or what broadcasts to it, bool or weights.
     """
     if mask is None and x.numel() >= _LOOPS_FROM and which(x) == "numba":
-        x, plan = plans.laid_out(x.detach(), given=True)
+        x, plan = plans.laid_out(x.detach(), plans.inference_plan)
         C = x.shape[1]
         found = torch.zeros(1, 2, C, dtype=torch.float64, device="cpu")
         cpu.moments_of(x, plan, cpu.Sets(len(x), moments=found))

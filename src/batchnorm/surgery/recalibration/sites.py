@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.recurrent.base import Recurrent
-from batchnorm.statistics import Renorm, part
+from batchnorm.statistics import resolve
 from batchnorm.surgery.find import is_batch_norm, is_frozen, is_known
 from batchnorm.surgery.reading import read
 from batchnorm.surgery.recalibration.clusters import Clusters
@@ -132,7 +132,7 @@ def _never_moves(layer: nn.Module) -> bool:
 def _sites(name: str, layer: Any) -> list[Site]:
     if not isinstance(layer, Recurrent):
         batches = getattr(layer, "num_batches_tracked", None)
-        biased = part(getattr(layer, "_statistics", None), Renorm) is not None
+        biased = resolve(getattr(layer, "_statistics", None)).renorm is not None
         eps = float(getattr(layer, "eps", 0.0))
         return [Site(name, layer, name, layer.running_mean, layer.running_var, batches, eps, biased)]
     sites = []
