@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from batchnorm.kernels import ahead, cache, launch
+import batchnorm
+from batchnorm.kernels import ahead, cache, launch, operators
 from batchnorm.kernels.compile import object_code
 from batchnorm.kernels.key import Form, Key
 from waiting import HANGS_AFTER
@@ -109,3 +112,26 @@ def test_a_forward_that_is_compiled_has_its_backward_compiled_beside_it(threads:
     launch._object_code(forward)
     backward = Key("rows_backward", "float32", Form("relu", residual=False, slope_bits=True))
     until(lambda: cache.find(backward) is not None)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_what_is_expected_of_a_layer_is_what_its_training_step_runs(
+    activation: str | None, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[Key] = []
+    monkeypatch.setattr(launch, "expect", expected.extend)
+    layer = batchnorm.BatchNorm2d(9, activation=activation)
+    x, r = torch.randn(5, 9, 12, 15), torch.randn(5, 9, 12, 15, requires_grad=True) if residual else None
+    operators.expect(x, layer.activation, residual)
+    ran: list[Key] = []
+    call = launch.Kernel.__call__
+
+    def noted(self: launch.Kernel, *args: Any) -> None:
+        ran.append(self.key)
+        call(self, *args)
+
+    monkeypatch.setattr(launch.Kernel, "__call__", noted)
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    layer(x, r).sum().backward()
+    assert ran == expected

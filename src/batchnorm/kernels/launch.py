@@ -223,19 +223,18 @@ def _object_code(key: Key) -> bytes:
 
 
 def backward_of(key: Key) -> Key:
-    """The backward that follows a forward: where a bit an element was written, it is read instead of the residual."""
-    form = key.form._replace(residual=key.form.residual and not key.form.slope_bits)
+    """The backward that follows a forward: it needs the residual where an activation has no bits instead."""
+    form = key.form
+    form = form._replace(residual=form.residual and form.activation is not None and not form.slope_bits)
     return key._replace(name=key.name.replace("forward", "backward"), form=form)
 
 
-def expect(kernels: Iterable[Kernel]) -> None:
+def expect(keys: Iterable[Key]) -> None:
     """Have kernels that will be needed soon compiled beside this process, as many at once as torch has threads."""
-    missing = [kernel.key for kernel in kernels if not kernel._address]
-    if missing:
-        from batchnorm.kernels import ahead
+    from batchnorm.kernels import ahead
 
-        with _compiling:
-            ahead.expect(missing, torch.get_num_threads())
+    with _compiling:
+        ahead.expect(keys, torch.get_num_threads())
 
 
 @cache
