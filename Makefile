@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help compare test lint bench clean
+.PHONY: help compare test lint bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list what can be made
@@ -26,8 +26,12 @@ lint: $(INSTALLED)  ## check style, types, and which module may import which
 bench: $(INSTALLED)  ## time the kernels against torch.nn
 	$(BIN)/batchnorm benchmark
 
+wheel: $(INSTALLED)  ## build the wheel to release, with kernels compiled for Linux on x86-64
+	$(BIN)/python release/compile_kernels.py --out src/batchnorm/kernels/compiled
+	$(BIN)/python -m build --wheel --no-isolation
+
 clean:  ## remove what was built and cached, but not the environment
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist src/batchnorm/kernels/compiled .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

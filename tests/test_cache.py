@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import compileall
-import ctypes
-import errno
 import os
 import shutil
 import subprocess
@@ -14,44 +12,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
+import llvmlite.binding
 import pytest
-from numba.core import caching, config
-from numba.core.ccallback import CFunc
 
 from batchnorm.kernels import cache
-from batchnorm.kernels.simd import pointer
+from batchnorm.kernels.key import Form, Key
 from test_processes import PROGRAM, copied_package, give_up_writing_anywhere
 from waiting import HANGS_AFTER
 
 __all__ = ["copied_package"]  # a fixture
 
-
-def answer(slots: Any) -> None:
-    pointer(slots, numba.int64)[0] = 42
-
-
-def compiled() -> CFunc:
-    """A small function, as the kernels are compiled; it must work, wherever it came from."""
-    function = CFunc(answer, ((numba.intp,), numba.void), locals={}, options={"error_model": "numpy"})
-    cache.use_cache(function)
-    function.compile()
-    slots = (ctypes.c_int64 * 1)()
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)(ctypes.addressof(slots))
-    assert slots[0] == 42
-    return function
+KEY = Key("planes_forward", "float32", Form("relu", residual=True))
+CODE = bytes(i * 7 % 256 for i in range(10_000))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
-def files(folder: Path) -> dict[str, Path]:
-    found = {path.suffix: path for path in folder.rglob("*.nb?")}
-    assert set(found) == {".nbi", ".nbc"}
-    return found
+def kept(folder: Path) -> Path:
+    (path,) = folder.rglob("*.o")
+    return path
 
 
 def middle(path: Path, length: int, change: Callable[[bytes], bytes]) -> None:
@@ -76,50 +59,26 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "zeros in the middle": lambda path: middle(path, path.stat().st_size // 3, lambda part: bytes(len(part))),
     "one bit": lambda path: middle(path, 1, lambda part: bytes([part[0] ^ 1])),
     "garbage": lambda path: path.write_bytes(bytes(i * i % 251 for i in range(path.stat().st_size))),
-    "another pickle": lambda path: path.write_bytes(__import__("pickle").dumps(numba.__version__) * 2),
+    "another file": lambda path: path.write_bytes(Path(__file__).read_bytes()),
     "a folder": become_folder,
     "a dangling link": lambda path: (path.unlink(), path.symlink_to(path.parent / "nowhere")),
     "a loop of links": lambda path: (path.unlink(), path.symlink_to(path)),
 }
 
 
-@pytest.mark.parametrize("damaged", [(".nbi",), (".nbc",), (".nbi", ".nbc")], ids="".join)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_replaced(
-    folder: Path, damage: str, damaged: tuple[str, ...], capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert compiled().cache_hits == 0
-    assert compiled().cache_hits == 1
-    kept = files(folder)
-    for suffix in damaged:
-        DAMAGES[damage](kept[suffix])
-    assert compiled().cache_hits == 0
-    replaced = damage != "a folder"  # somebody's, who may want it
-    assert compiled().cache_hits == replaced
+def test_damaged_files_are_replaced(folder: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cache.find(KEY) is None
+    cache.store(KEY, CODE)
+    assert cache.find(KEY) == CODE
+    assert cache.find(KEY._replace(dtype="float64")) is None
+    DAMAGES[damage](kept(folder))
+    assert cache.find(KEY) is None
+    cache.store(KEY, CODE)
+    # A folder is somebody's, who may want it.
+    assert cache.find(KEY) == (None if damage == "a folder" else CODE)
     assert not list(folder.rglob("*.tmp*"))
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-def test_a_full_disk(folder: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The index comes first; the disk is full then, or when the code follows."""
-
-    def full(path: Any, *more: Any, **options: Any) -> Any:
-        if f"{suffix}.tmp" not in str(path):
-            return open(path, *more, **options)
-        file = open("/dev/full" if os.path.exists("/dev/full") else os.devnull, *more, **options)  # noqa: SIM115
-        if not os.path.exists("/dev/full"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return file
-
-    monkeypatch.setattr(caching, "open", full, raising=False)
-    assert compiled().cache_hits == 0
-    assert compiled().cache_hits == 0
-    assert not list(folder.rglob("*.tmp*"))
-    monkeypatch.undo()
-    monkeypatch.setattr(config, "CACHE_DIR", str(folder))
-    assert compiled().cache_hits == 0
-    assert compiled().cache_hits == 1
 
 
 @pytest.fixture
@@ -133,81 +92,103 @@ def small_disk(folder: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_small_disk(small_disk: Path) -> None:
-    assert compiled().cache_hits == 0
-    assert compiled().cache_hits == 0
-    assert not list(small_disk.rglob("*.nbc*"))
+def test_a_full_disk(small_disk: Path) -> None:
+    cache.store(KEY, CODE)
+    assert cache.find(KEY) is None
+    assert not list(small_disk.iterdir())
+    cache.store(KEY, CODE[:1000])
+    assert cache.find(KEY) == CODE[:1000]
 
 
-@pytest.fixture
-def nothing_beside_the_tests() -> Iterator[None]:
-    """Numba's second choice is the folder of the function's own file, where an earlier run may have left something."""
+def test_a_folder_that_takes_nothing_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked, open_one = tmp_path / "blocked", tmp_path / "open"
+    blocked.touch()  # no folder at all
+    monkeypatch.setattr(cache, "_folders", lambda: iter((blocked, open_one)))
+    cache.store(KEY, CODE)
+    assert cache.path_in(open_one, KEY).exists()
+    assert cache.find(KEY) == CODE
+    monkeypatch.setattr(cache, "_folders", lambda: iter((blocked, blocked / "below")))
+    cache.store(KEY, CODE)
+    assert cache.find(KEY) is None
 
-    def clean() -> None:
-        for path in (Path(__file__).parent / "__pycache__").glob("test_cache.*.nb?"):
-            path.unlink()
 
-    clean()
-    yield
-    clean()
-
-
-@pytest.mark.usefixtures("nothing_beside_the_tests")
 @pytest.mark.parametrize("what", ["folder", "files"])
 def test_files_that_may_not_be_read(tmp_path: Path, what: str) -> None:
     program = f"""
-import os, sys
+import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(cache.__file__).parents[2])]!r}
 from pathlib import Path
-from numba.core import config
-config.CACHE_DIR = {str(tmp_path)!r}
-from test_cache import compiled, files
-hits = [compiled().cache_hits]
-folder = files(Path({str(tmp_path)!r}))[".nbi"].parent
+from test_cache import CODE, KEY, cache
+cache.store(KEY, CODE)
+found = [cache.find(KEY) == CODE]
+folder = Path({str(tmp_path)!r})
 for path in [folder] if {what!r} == "folder" else folder.iterdir():
     path.chmod(0)
-hits += [compiled().cache_hits, compiled().cache_hits]
+found.append(cache.find(KEY))
+cache.store(KEY, CODE)
+found.append(cache.find(KEY) == CODE)
 folder.chmod(0o700)
-print(hits)
+print(found)
 """
-    environment = {**os.environ, "HOME": "/dev/null/home"}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANGS_AFTER,
-        env=environment, preexec_fn=give_up_writing_anywhere,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}, preexec_fn=give_up_writing_anywhere,
     )  # fmt: skip
     assert done.stderr == ""
-    assert eval(done.stdout) in ([[0, 0, 1], [0, 0, 0]] if what == "files" else [[0, 0, 0], [0, 0, 1]])
+    assert eval(done.stdout) == [True, None, what == "files"]
 
 
 def test_code_for_another_processor_or_by_other_options_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """One home directory may serve many kinds of computers."""
     names = [cache.build.__wrapped__()]
-    codegen = type(cache.cpu_target.target_context.codegen())
-    monkeypatch.setattr(codegen, "magic_tuple", lambda self: ("x86_64-unknown-linux-gnu", "i486", "-avx"))
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda: "i486")
     names.append(cache.build.__wrapped__())
-    monkeypatch.setattr(config, "BOUNDSCHECK", 1)
+    monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
     names.append(cache.build.__wrapped__())
-    monkeypatch.setattr(cache, "_stored", lambda name: b"")
+    monkeypatch.setattr(cache, "version", lambda name: "99")
     names.append(cache.build.__wrapped__())
-    assert len(set(names)) == 4
+    monkeypatch.setattr(cache, "source", lambda: "")
+    names.append(cache.build.__wrapped__())
+    assert len(set(names)) == 5
     assert None not in names
 
     def unreadable(name: str) -> bytes:
         raise OSError(f"no source of {name}")
 
+    monkeypatch.undo()
     monkeypatch.setattr(cache, "_stored", unreadable)
+    cache.source.cache_clear()
     assert cache.build.__wrapped__() is None
+
+
+def test_what_machine_code_is_made_of_is_all_part_of_its_name() -> None:
+    """That is, whatever compiling loads of this package."""
+    kernels = Path(cache.__file__).parent
+    program = f"""
+import sys, types
+for name, folder in (("batchnorm", {str(kernels.parent)!r}), ("batchnorm.kernels", {str(kernels)!r})):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from batchnorm.kernels import compile
+from batchnorm.kernels.loops import activations, columns, planes
+print(*(name for name in sys.modules if name.startswith("batchnorm.kernels.")))
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=900)
+    used = {name.removeprefix("batchnorm.kernels.") for name in done.stdout.split()} - {"loops"}
+    assert used == {*cache._MODULES, *(f"loops.{name}" for name in cache._LOOPS)}
 
 
 # --- the real kernels ---
 
 HITS = """
-from numba.core.ccallback import CFunc
-hits, compile = [], CFunc.compile
-def counted(self):
-    compile(self)
-    hits.append(self.cache_hits)
-CFunc.compile = counted
+from batchnorm.kernels import launch
+hits, object_code = [], launch._object_code
+def counted(key):
+    from batchnorm.kernels import cache
+    hits.append(cache.find(key) is not None)
+    return object_code(key)
+launch._object_code = counted
 """
 
 
@@ -234,9 +215,8 @@ def test_damage_to_a_kernel_between_two_processes(copied_package: Path, tmp_path
         _, complaints = process.communicate(timeout=HANGS_AFTER)
         assert (process.returncode, complaints) == (0, "")
     assert hits(copied_package, tmp_path) == [1]
-    kept = files(copied_package)
-    kept[".nbi"].write_bytes(b"")
-    kept[".nbc"].write_bytes(bytes(kept[".nbc"].stat().st_size))
+    (path,) = copied_package.rglob("*forward*.o")
+    path.write_bytes(bytes(path.stat().st_size))
     assert hits(copied_package, tmp_path) == [0]
     assert hits(copied_package, tmp_path) == [1]
 

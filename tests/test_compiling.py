@@ -9,22 +9,20 @@ import os
 import subprocess
 import sys
 import threading
-from typing import Any
 
 import pytest
-import torch
 
-from batchnorm.kernels import compile as compilation
 from batchnorm.kernels import launch
+from batchnorm.kernels.key import Key
 
 LIMIT = 900  # seconds
+KEY = Key("planes_forward", "float32")
 
 BEGIN = f"""
 import faulthandler, os, signal, sys, threading
 faulthandler.dump_traceback_later({LIMIT}, exit=True)
 import torch, batchnorm
-from batchnorm.kernels import compile as compilation, launch
-from numba.core.ccallback import CFunc
+from batchnorm.kernels import launch
 from numba.core.compiler_lock import global_compiler_lock
 
 def is_right(*shape):
@@ -40,60 +38,59 @@ PLANES, SMALL = (5, 9, 12, 15), (5, 9, 4, 4)  # two kernels
 
 SIGNALS = """
 handled, inside = [], threading.Event()
-compile = CFunc.compile
+object_code = launch._object_code
 
 def handler(number, frame):  # evaluates, as a user's "save on SIGUSR1" may do
     inside.set()
     handled.append(is_right(*PLANES) and is_right(*SMALL))
 
-def compile_and_be_interrupted(self):
+def compile_and_be_interrupted(key):
     if not handled and not inside.is_set():
         with global_compiler_lock:
             os.kill(os.getpid(), signal.SIGUSR1)
             inside.wait()  # until the handler has begun, while this kernel is half compiled
-    compile(self)
+    return object_code(key)
 
 signal.signal(signal.SIGUSR1, handler)
-CFunc.compile = compile_and_be_interrupted
+launch._object_code = compile_and_be_interrupted
 assert is_right(*PLANES)
 assert handled == [True]
 """
 
 INTERRUPTION = """
 calls, go = [], threading.Event()
-compiled = compilation.compiled
+object_code = launch._object_code
 
-def compile_and_be_stopped(*key):
+def compile_and_be_stopped(key):
     calls.append(key)
     os.kill(os.getpid(), signal.SIGINT)
     go.wait()  # until the caller has been interrupted
-    return compiled(*key)
+    return object_code(key)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-compilation.compiled = compile_and_be_stopped
+launch._object_code = compile_and_be_stopped
 try:
     is_right(*PLANES)
 except KeyboardInterrupt:
     calls.append("interrupted")
 go.set()
-compilation.compiled = compiled
+launch._object_code = object_code
 assert is_right(*PLANES)
 assert [call for call in calls[1:]] == ["interrupted"]  # what was being compiled has been used
 """
 
 FORK = """
 entered, go = threading.Event(), threading.Event()
-compile = CFunc.compile
+object_code = launch._object_code
 
-def hold(self=None):
+def hold(key=None):
     with global_compiler_lock:
         entered.set()
         go.wait()  # until the fork has begun
-        if self is not None:
-            compile(self)
+        return object_code(key) if key else None
 
 if sys.argv[1] == "ours":
-    CFunc.compile = hold
+    launch._object_code = hold
     other = threading.Thread(target=is_right, args=PLANES)
 else:  # somebody else's compilation
     other = threading.Thread(target=hold)
@@ -101,7 +98,7 @@ os.register_at_fork(before=go.set)  # of several, the last to be registered is t
 other.start()
 entered.wait()
 pid = os.fork()
-CFunc.compile = compile
+launch._object_code = object_code
 if pid == 0:
     try:
         torch.set_num_threads(1)  # the oracle's own threads did not survive the fork
@@ -157,37 +154,33 @@ def test_a_child_that_is_forked_while_another_thread_compiles_runs_a_layer(whose
     run(FORK, whose)
 
 
-class Compiled:
-    address = 0
-
-
 def test_an_error_of_the_compiler_reaches_the_caller_and_is_not_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
 
-    def fail(*key: Any) -> Any:
+    def fail(key: Key) -> bytes:
         threads.append(threading.current_thread().name)
         raise NotImplementedError(f"no code for {key}")
 
-    kernel = launch.Kernel("planes_forward", torch.float32, launch.PLAIN)
-    monkeypatch.setattr(compilation, "compiled", fail)
+    kernel = launch.Kernel(KEY)
+    object_code = launch._object_code
+    monkeypatch.setattr(launch, "_object_code", fail)
     for _ in range(2):
         with pytest.raises(NotImplementedError, match="no code for"):
             kernel(b"", 1, 1)
     assert threads == ["batchnorm-compile"] * 2
-    monkeypatch.setattr(compilation, "compiled", lambda *key: Compiled)
-    kernel._compile()
-    assert kernel._function is Compiled
+    monkeypatch.setattr(launch, "_object_code", object_code)
+    kernel._find()
+    assert kernel._address
 
 
 def test_where_no_thread_can_be_started_the_caller_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    kernel = launch.Kernel("planes_forward", torch.float32, launch.PLAIN)
+    kernel = launch.Kernel(KEY)
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    monkeypatch.setattr(compilation, "compiled", lambda *key: Compiled)
-    kernel._compile()
-    assert kernel._function is Compiled
+    kernel._find()
+    assert kernel._address
 
 
 def test_the_locks_that_a_fork_waits_for_are_numbas_and_llvms() -> None:
@@ -202,13 +195,10 @@ def test_the_locks_that_a_fork_waits_for_are_numbas_and_llvms() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_a_form_never_does_is_not_compiled(weighted: bool) -> None:
     script = f"""
-import torch
-from batchnorm.kernels import cache
-from batchnorm.kernels.compile import compiled
-from batchnorm.kernels.form import Form
+from batchnorm.kernels.compile import object_code
+from batchnorm.kernels.key import Form, Key
 from batchnorm.kernels.loops import planes
-cache.build = lambda: None  # nothing of earlier processes is used
-compiled("planes_forward", torch.float32, Form(weighted={weighted}))
+object_code(Key("planes_forward", "float32", Form(weighted={weighted})))
 print(*(name for name, f in vars(planes).items() if getattr(f, "signatures", None)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)

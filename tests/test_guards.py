@@ -12,6 +12,7 @@ import torch
 
 import batchnorm
 from batchnorm.kernels import launch
+from batchnorm.kernels.key import Key
 from batchnorm.kernels.loops import table as at
 from random_calls import Case, run
 from random_calls.guards import OutsideError, guarded
@@ -107,14 +108,14 @@ def poke(address: int) -> None:
     ],
 )
 def test_a_write_that_does_not_belong_there_is_found(slot: str, distance: int, complaint: str) -> None:
-    kernel = launch.Kernel("planes_forward", torch.float32, launch.PLAIN)
+    kernel = launch.Kernel(Key("planes_forward", "float32"))
     slots = {name: torch.zeros(2, 3, 5) for name in ("X", "OUT")}
     slots.update(WEIGHT=torch.zeros(3), MOMENTS=torch.zeros(2, 3, dtype=torch.float64))
     a = [0] * 31
     for name, t in slots.items():
         a[getattr(at, name)] = t.data_ptr()
     a[at.BATCH], a[at.CHANNELS], a[at.SPACE] = 2, 3, 5
-    kernel._function = True
+    kernel._address = 1
     moved: list[int] = []
 
     def call(block: bytes) -> None:
@@ -132,8 +133,8 @@ def test_a_write_that_does_not_belong_there_is_found(slot: str, distance: int, c
 
 
 def test_memory_that_is_too_small_is_found() -> None:
-    kernel = launch.Kernel("planes_forward", torch.float32, launch.PLAIN)
-    kernel._function, kernel._call = True, lambda block: None
+    kernel = launch.Kernel(Key("planes_forward", "float32"))
+    kernel._address, kernel._call = 1, lambda block: None
     x, out = torch.zeros(2, 3, 5), torch.zeros(29)
     a: list[Any] = [0] * 27
     a[at.X], a[at.OUT], a[at.BATCH], a[at.CHANNELS], a[at.SPACE] = x.data_ptr(), out.data_ptr(), 2, 3, 5

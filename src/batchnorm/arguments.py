@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import INVERTIBLE
-from batchnorm.kernels.form import Epilogue
+from batchnorm.kernels.epilogue import Epilogue
 from batchnorm.kernels.running import Running
 from batchnorm.statistics import Policy, Resolved
 

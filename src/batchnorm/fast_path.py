@@ -15,7 +15,7 @@ from batchnorm.activations import Activation
 from batchnorm.backends import evaluate_aten
 from batchnorm.kernels import cpu, gate, operators, plans
 from batchnorm.kernels.choice import EVALUATE_FROM, EVALUATE_FUSED_FROM, asked_for, record, unwatched
-from batchnorm.kernels.form import NOTHING, Epilogue
+from batchnorm.kernels.epilogue import NOTHING, Epilogue
 from batchnorm.kernels.running import Running, recomputing
 from batchnorm.statistics import Batch, Policy, resolve
 

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from batchnorm import backends, estimation, fast_path
 from batchnorm.activations import activation_of
 from batchnorm.arguments import Call, check
-from batchnorm.kernels.form import Epilogue
+from batchnorm.kernels.epilogue import Epilogue
 from batchnorm.kernels.running import Running, recomputing
 from batchnorm.statistics import PLAIN, Policy, resolve
 

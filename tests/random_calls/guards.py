@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import Form
+from batchnorm.kernels.key import Key
 from batchnorm.kernels.loops import table as at
 
 Kind = Literal["bands", "fence_after", "fence_before"]
@@ -52,9 +52,9 @@ class Need(NamedTuple):
     bytes: int
 
 
-def needs(key: tuple[str, torch.dtype, Form], a: list[Any]) -> list[Need]:
+def needs(key: Key, a: list[Any]) -> list[Need]:
     """How many bytes a loop may touch from each address on: the contract between `cpu.py` and `loops/`."""
-    name, dtype, _ = key
+    name, dtype = key.name, getattr(torch, key.dtype)
     item, own = dtype.itemsize, 8 if dtype == torch.float64 else 4
     batch, channels, space, parts = (a[i] for i in (at.BATCH, at.CHANNELS, at.SPACE, at.PARTS))
     tensor = batch * channels * space * item
@@ -141,7 +141,7 @@ class Guard:
             self._allocated.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), t))
         return t
 
-    def places(self, key: tuple[str, torch.dtype, Form], a: list[Any]) -> dict[int, _Place]:
+    def places(self, key: Key, a: list[Any]) -> dict[int, _Place]:
         """A place for each buffer, by its address; those that share an address share the place."""
         largest: dict[int, Need] = {}
         for need in needs(key, a):
@@ -150,7 +150,7 @@ class Guard:
             self._check_allocation(key, need, address, a)
             if need.bytes > 0 and (address not in largest or largest[address].bytes < need.bytes):
                 largest[address] = need
-        own = 8 if key[1] == torch.float64 else 4
+        own = 8 if key.dtype == "float64" else 4
         self._check_overlaps(key, largest, {a[n.slot] for n in needs(key, a) if n.name in _WRITTEN})
         return {address: _Place(need, address, own, self.kind) for address, need in largest.items()}
 
@@ -161,9 +161,7 @@ class Guard:
                     raise OutsideError(f"{key}: {need.name} needs {need.bytes} bytes and has {end - address}")
                 return
         in_place = need.name == "OUT" and address == a[at.X]
-        handed_back = need.name in ("MOMENTS", "SLOPE_BITS") and key[0].endswith(
-            "backward"
-        )  # by autograd, from anywhere
+        handed_back = need.name in ("MOMENTS", "SLOPE_BITS") and key.name.endswith("backward")  # from anywhere
         if need.name in _MADE_HERE and need.bytes > 0 and not in_place and not handed_back:
             raise OutsideError(f"{key}: nobody knows how large the memory for {need.name} is")
 
@@ -224,16 +222,16 @@ def guarded(kind: Kind = "bands") -> Iterator[Guard]:
         self: launch.Kernel, slots: bytes, threads: int, stages: int, sets: bytes = launch.ONE_SET, only: int = -1
     ) -> None:
         a = [*at.CALL.unpack(slots), *at.SAMPLE_SETS.unpack(sets)]
-        places = guard.places(self._key, a)
+        places = guard.places(self.key, a)
         moved = list(a)
-        for need in needs(self._key, a):
+        for need in needs(self.key, a):
             if need.bytes > 0:
                 moved[need.slot] = places[a[need.slot]].start
         first = at.CALL.pack(*moved[: at.SETS])
         rest = sets if moved[at.SETS :] == a[at.SETS :] else at.SAMPLE_SETS.pack(*moved[at.SETS :])
         guard.launches += 1
         call(self, first, threads, stages, rest, only)
-        guard.check(self._key, a, places)
+        guard.check(self.key, a, places)
 
     importlib.import_module("batchnorm.functional")  # and with it all that is watched
     watching = [

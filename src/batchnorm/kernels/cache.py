@@ -1,4 +1,4 @@
-"""Machine code on disk: Numba's cache, made so that nothing that is wrong with it can stop or spoil a run.
+"""Object files of compiled kernels on disk: what this machine compiled before, and what came with the package.
 
 A cache may be damaged (a full disk, a killed process, a failed disk), unreadable, of another user, or on a disk that
 is full or read-only. Whatever it is: what cannot be read is compiled again, and what cannot be written is not.
@@ -7,55 +7,122 @@ is full or read-only. Whatever it is: what cannot be read is compiled again, and
 from __future__ import annotations
 
 import hashlib
-import io
-import pkgutil
+import os
+import platform
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
-import numba
-from numba.core import config as numba_config
-from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.registry import cpu_target
+import llvmlite.binding as llvm
 
-__all__ = ["build", "use_cache"]
+from batchnorm.kernels.key import Key
+
+__all__ = ["LEVELS", "archive_of", "build", "find", "path_in", "shipped", "source", "store"]
 
 _PACKAGE = "batchnorm.kernels"
+_MODULES = ("compile", "elementary", "key", "pipeline", "simd")
+_LOOPS = ("activations", "channels", "columns", "forms", "planes", "slots", "table")
+_OPTIONS = ("NUMBA_OPT", "NUMBA_BOUNDSCHECK", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
 _DIGEST = hashlib.sha256().digest_size
 
+# What a released package has object files for, best first: Linux on x86-64, by the levels of its psABI.
+_V3 = {"avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"}
+LEVELS = {"x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "x86-64-v3": _V3}
 
-def use_cache(function: Any) -> None:
-    """Let a ``CFunc`` look for its machine code on disk, and leave it there, where there is a place for it."""
-    try:
-        function._cache = _Cache(function.__wrapped__)
-    except Exception:  # whatever: no folder can be written, no source can be read, Numba is another one
+
+def find(key: Key) -> bytes | None:
+    """Give a kernel's object file: what this machine compiled for itself, or else what came with the package."""
+    return _compiled_here(key) or shipped(key)
+
+
+def store(key: Key, code: bytes) -> None:
+    """Leave a kernel's object file in the first folder that takes it; what is there is replaced as a whole."""
+    if build() is None:
         return
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(path_in(folder, key), code + hashlib.sha256(code).digest())
+        except OSError:
+            continue
+        return
+
+
+def _compiled_here(key: Key) -> bytes | None:
+    if build() is None:
+        return None
+    for folder in _folders():
+        try:
+            data = path_in(folder, key).read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]:
+            return data[:-_DIGEST]
+    return None
+
+
+def path_in(folder: Path, key: Key) -> Path:
+    """Where a kernel's object file is: its name says what it depends on, so that nothing is ever served to another."""
+    return folder / f"{key.symbol}.{build()}.o"
+
+
+def _folders() -> Iterator[Path]:
+    """Where object files may be, by preference: as it is said, beside the package, in the user's cache."""
+    said = os.environ.get("NUMBA_CACHE_DIR")
+    if said:
+        yield Path(said)
+        return
+    yield Path(__file__).parent / "__pycache__"
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    yield Path(base, "batchnorm")
+
+
+def _write(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}-{threading.get_ident()}")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+# --- what machine code depends on ---
 
 
 @cache
 def build() -> str | None:
-    """Name what machine code depends on besides the function itself: sources, processor, Numba and its options.
+    """Name what machine code depends on besides the kernel itself: sources, compiler, its options, processor.
 
-    It is part of every entry's name, so that there is one index and one file of code for each: two computers with one
-    home directory cannot give each other code for the wrong processor, as they could by writing one index at once.
-
-    None if the sources cannot be read.
+    It is part of every file's name: two computers with one home directory cannot give each other code for the wrong
+    processor. None if the sources cannot be read; then nothing is kept.
     """
     try:
-        names = [f"{_PACKAGE}.{name}" for name in ("compile", "elementary", "pruning", "simd")]
-        loops: Any = find_spec(f"{_PACKAGE}.loops")
-        found = pkgutil.iter_modules(loops.submodule_search_locations, f"{loops.name}.")
-        names += sorted(module.name for module in found)
-        parts = [_stored(name) for name in names]
-        config: Any = numba_config
-        processor = cpu_target.target_context.codegen().magic_tuple()
-        how = (numba.__version__, processor, str(config.OPT), bool(config.BOUNDSCHECK))
+        options = [os.environ.get(option, "") for option in _OPTIONS]
+        versions = [version("numba"), version("llvmlite")]
+        processor = [llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+        parts = repr((source(), options, versions, processor)).encode()
     except Exception:
         return None
-    return hashlib.sha256(b"\0".join((*parts, repr(how).encode()))).hexdigest()[:12]
+    return hashlib.sha256(parts).hexdigest()[:16]
+
+
+@cache
+def source() -> str:
+    """A digest of the modules that machine code is made of."""
+    names = [f"{_PACKAGE}.{name}" for name in _MODULES] + [f"{_PACKAGE}.loops.{name}" for name in _LOOPS]
+    return hashlib.sha256(b"\0".join(_stored(name) for name in names)).hexdigest()
 
 
 def _stored(name: str) -> bytes:
@@ -65,52 +132,29 @@ def _stored(name: str) -> bytes:
     return data
 
 
-class _Cache(FunctionCache):
-    """Numba's, without its errors."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__(function)
-        self._cache_file = _Files(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Give what was compiled before, or None."""
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Leave what was compiled on disk, if possible; what is there is replaced as a whole or not at all."""
-        try:
-            super().save_overload(sig, data)
-        except Exception:
-            return
+# --- what came with the package ---
 
 
-class _Files(IndexDataCacheFile):
-    """Index and code, each followed by a digest of its bytes: unpickling would not notice zeros within the code."""
-
-    @contextmanager
-    def _open_for_write(self, filepath: str) -> Iterator[Any]:
-        with super()._open_for_write(filepath) as file:
-            written = io.BytesIO()
-            yield written
-            data = written.getvalue()
-            file.write(data + hashlib.sha256(data).digest())  # unpickling ends before it
-
-    def _load_index(self) -> Any:
-        try:
-            _check(self._index_path)
-            return super()._load_index()
-        except Exception:
-            return {}  # so that it is written anew
-
-    def _load_data(self, name: str) -> Any:
-        _check(self._data_path(name))
-        return super()._load_data(name)
+def shipped(key: Key) -> bytes | None:
+    """Give the object file that came with the package: from these sources, for this system and processor."""
+    level = _level()
+    if level is None or any(os.environ.get(option) for option in _OPTIONS):
+        return None
+    try:
+        with ZipFile(archive_of(level)) as archive:
+            return archive.read(key.symbol) if archive.comment.decode() == source() else None
+    except Exception:  # whatever: there is none, it is damaged, it lacks this kernel
+        return None
 
 
-def _check(path: str) -> None:
-    data = Path(path).read_bytes()
-    if hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
-        raise OSError(f"{path} is damaged")
+def archive_of(level: str) -> Path:
+    """Where a released package has the object files for a level of processors."""
+    return Path(__file__).parent / "compiled" / f"{level}.zip"
+
+
+@cache
+def _level() -> str | None:
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return None
+    features = {name for name, there in llvm.get_host_cpu_features().items() if there}
+    return next((level for level, needed in LEVELS.items() if needed <= features), None)

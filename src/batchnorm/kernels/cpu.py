@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import NOTHING, Epilogue, Form
+from batchnorm.kernels.epilogue import NOTHING, Epilogue
+from batchnorm.kernels.key import Form
 from batchnorm.kernels.loops.table import SAMPLE_SETS, packed_call
 from batchnorm.kernels.plans import PER_THREAD, Plan, planned, split_or_fused
 from batchnorm.kernels.running import Running

@@ -10,9 +10,10 @@ would give it, and nothing global is configured.
   the kernels hold no GIL.
 * A child forked from a process whose OpenMP team exists has lost that team's threads; waiting for them would hang.
   Children run on one thread.
-* Kernels are compiled in a thread of their own, one after the other. A signal handler that runs a layer while the main
-  thread waits for a kernel waits for it, too, instead of entering Numba's half-done work. A fork waits until nothing is
-  being compiled: the child would find locks that nobody releases, and what they protect half changed.
+* Kernels are found or compiled in a thread of their own, one after the other. A signal handler that runs a layer while
+  the main thread waits for a kernel waits for it, too, instead of entering Numba's half-done work. A fork waits until
+  nothing is being compiled: the child would find locks that nobody releases, and what they protect half changed.
+* A forward that must be compiled is soon followed by its backward, which `ahead` compiles beside it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import torch
 
-from batchnorm.kernels.form import PLAIN, Form
+from batchnorm.kernels.key import PLAIN, Form, Key
 from batchnorm.kernels.loops.table import CALL, LAST, TEAM, packed_sets
 
 _EVERY = -1  # stages, a bit for each: all of them
@@ -77,6 +78,9 @@ def _after_fork_in_child() -> None:
     global _forked
     _forked = True
     _after_fork()
+    ahead = sys.modules.get("batchnorm.kernels.ahead")
+    if ahead is not None:
+        ahead.forget()
 
 
 if hasattr(os, "register_at_fork"):
@@ -133,11 +137,10 @@ class Kernel:
     Call it with the packed slots and the number of threads that may share the work; it waits for all of them.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, form: Form) -> None:
-        self._key = name, dtype, form
-        self._function: Any = None
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self._address = 0  # not loaded yet
         self._call: Callable[[bytes], None]
-        self._address: int
 
     def __call__(self, slots: bytes, threads: int, stages: int, sets: bytes = ONE_SET, only: int = _EVERY) -> None:
         """Run the loop.
@@ -150,8 +153,8 @@ class Kernel:
             only: the stages to do, a bit for each.
         """
         slots += sets
-        if self._function is None:
-            self._compile()
+        if not self._address:
+            self._find()
         if threads <= 1 or _forked:
             self._call(slots + (_SERIAL if only == _EVERY else _serial(only)))
             return
@@ -171,8 +174,8 @@ class Kernel:
             for other in others:
                 other.result()
 
-    def _compile(self) -> None:
-        """Compile in another thread, and wait for it; a wait, unlike a compilation, can be interrupted anywhere."""
+    def _find(self) -> None:
+        """Find or compile it in another thread, and wait; a wait, unlike a compilation, can be interrupted anywhere."""
         done = threading.Event()
         errors: list[BaseException] = []
 
@@ -193,16 +196,48 @@ class Kernel:
 
     def _load(self) -> None:
         with _compiling:
-            if self._function is None:
-                from batchnorm.kernels.compile import compiled  # loads Numba, which takes a second
+            if not self._address:
+                from batchnorm.kernels import load  # loads LLVM, which takes a tenth of a second
 
-                function = compiled(*self._key)
-                self._address = function.address
-                self._call = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(function.address)
-                self._function = function  # last: it says that the others are there; and it keeps the code alive
+                address = load.address(_object_code(self.key), self.key.symbol)
+                self._call = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address)
+                self._address = address  # last: it says that the other is there
+
+
+def _object_code(key: Key) -> bytes:
+    """A kernel's object file: from the cache, from a process that is compiling it, or compiled now."""
+    from batchnorm.kernels import ahead, cache
+
+    code = cache.find(key)
+    if code is None:
+        ahead.wait_for(key)
+        code = cache.find(key)
+    if code is None:
+        if "forward" in key.name:
+            ahead.expect([backward_of(key)], torch.get_num_threads() - 1)
+        from batchnorm.kernels.compile import object_code  # loads Numba, which takes a second
+
+        code = object_code(key)
+        cache.store(key, code)
+    return code
+
+
+def backward_of(key: Key) -> Key:
+    """The backward that follows a forward: it needs the residual where an activation has no bits instead."""
+    form = key.form
+    form = form._replace(residual=form.residual and form.activation is not None and not form.slope_bits)
+    return key._replace(name=key.name.replace("forward", "backward"), form=form)
+
+
+def expect(keys: Iterable[Key]) -> None:
+    """Have kernels that will be needed soon compiled beside this process, as many at once as torch has threads."""
+    from batchnorm.kernels import ahead
+
+    with _compiling:
+        ahead.expect(keys, torch.get_num_threads())
 
 
 @cache
 def kernel(name: str, dtype: torch.dtype, form: Form = PLAIN) -> Kernel:
     """The loop of that name for tensors of `dtype`, one for the whole process."""
-    return Kernel(name, dtype, form)
+    return Kernel(Key(name, str(dtype).removeprefix("torch."), form))

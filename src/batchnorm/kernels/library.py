@@ -14,7 +14,7 @@ from torch import Tensor
 from batchnorm.activations import Activation
 from batchnorm.kernels import cpu, gate, plans
 from batchnorm.kernels.choice import record
-from batchnorm.kernels.form import Epilogue
+from batchnorm.kernels.epilogue import Epilogue
 
 _SIGNATURE = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float parameter"
 torch.library.define("batchnorm::train", f"({_SIGNATURE}) -> (Tensor y, Tensor moments)")

@@ -15,7 +15,7 @@ from torch import Tensor
 from batchnorm.activations import Activation
 from batchnorm.kernels import cpu, gate, plans
 from batchnorm.kernels.choice import record
-from batchnorm.kernels.form import Epilogue
+from batchnorm.kernels.epilogue import Epilogue
 from batchnorm.kernels.operators import gated, slope_bits
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.activations import PIECEWISE, Activation, applied
-from batchnorm.kernels import cpu, gate, plans, reference
+from batchnorm.kernels import cpu, gate, launch, plans, reference
 from batchnorm.kernels.choice import record
-from batchnorm.kernels.form import NOTHING, Epilogue
+from batchnorm.kernels.epilogue import NOTHING, Epilogue
+from batchnorm.kernels.key import Form
 from batchnorm.kernels.running import Running
 
 Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # x to residual, slope bits
@@ -131,6 +132,15 @@ class _Normalize(torch.autograd.Function):
 
 # Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
 _apply = super(torch.autograd.Function, _Normalize).apply
+
+
+def expect(x: Tensor, activation: Activation | None, residual: bool) -> None:
+    """Have the kernels of such a training step compiled beside this process, where they must be compiled at all."""
+    plan = plans.plan(x.shape, x.stride(), x.dtype) if x.is_cpu else None
+    if plan is not None:
+        name = None if activation is None else activation.name
+        forward = plan.kernel("forward", Form(name, residual, residual and name in PIECEWISE)).key
+        launch.expect([forward, launch.backward_of(forward)])
 
 
 def slope_bits(plan: plans.Plan, activation: Activation | None, instead: bool) -> Tensor | None:

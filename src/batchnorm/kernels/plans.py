@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import launch
-from batchnorm.kernels.form import PLAIN, Form
+from batchnorm.kernels.key import PLAIN, Form
 from batchnorm.kernels.loops.table import COLUMNS, GROUP
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)

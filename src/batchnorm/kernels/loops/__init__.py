@@ -24,7 +24,7 @@ The letters in the loops:
     s, q        sums of d and d², where d = x − shift;  s, t: of dz and dz·(x − mean)
     p           the parameter of the activation; in sums of parts, the index of a part
     u, v        one value of x, a vector of it
-    form        what the loop is compiled for (`form.py`); stored, param, acc: dtypes in memory, of parameters, of sums
+    form        what the loop is compiled for (`key.py`); stored, param, acc: dtypes in memory, of parameters, of sums
 
 Every partial sum belongs to a piece of the tensor that depends on its shape only, never on the number of threads.
 """

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from batchnorm.kernels.elementary import erfc, exp, expm1, like, log1p, where_at_most, where_less
-from batchnorm.kernels.form import Form
+from batchnorm.kernels.key import Form
 from batchnorm.kernels.loops.slots import loop
 from batchnorm.kernels.simd import fma
 

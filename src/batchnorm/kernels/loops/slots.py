@@ -6,14 +6,14 @@ import numba
 from numba import types
 
 from batchnorm.kernels.loops.table import *
-from batchnorm.kernels.pruning import Pruning
+from batchnorm.kernels.pipeline import Pipeline
 from batchnorm.kernels.simd import call_int, call_void, convert, load, pointer, reinterpret, splat, total
 
 f32, f64 = types.float32, types.float64
 i64, u8 = types.int64, types.uint8
 
 _bare = {  # nobody calls them from Python
-    "pipeline_class": Pruning, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+    "pipeline_class": Pipeline, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
 }  # fmt: skip
 loop = numba.njit(forceinline=True, **_bare)  # no fast-math: NaN must stay NaN, and sums keep their order
 body = numba.njit(**_bare)
