@@ -124,7 +124,7 @@ def jobs(quick: bool) -> list[Job]:
 
 
 def measure(job: Job, seconds: float) -> Row:
-    """Build a job's contenders, check them and time them; what cannot be built or is wrong is left out.
+    """Build a job's contenders, check them and time them; what cannot be built or is wrong is skipped.
 
     Args:
         job: which.

@@ -36,7 +36,7 @@ assert batchnorm.kernels.ran() == ("numba", "numba"), batchnorm.kernels.ran()
 torch.testing.assert_close(ours.weight.grad, torchs.weight.grad, rtol=1e-3, atol=1e-2)
 
 package = importlib.resources.files("batchnorm")
-for resource in ("py.typed", "study/templates/report.html.j2"):
+for resource in ("py.typed", "study/templates/report.html.j2", "reports/templates/base.css"):
     assert package.joinpath(resource).is_file(), f"the wheel lacks {resource}"
 """
 

@@ -142,6 +142,13 @@ def test_layers_that_are_not_timed_say_why(kind: Any, policy: Any, reason: str) 
     assert [one.names for one in found.layers] == [("3",)]
 
 
+def test_layers_that_are_ours_already_are_measured_with_the_activation_that_they_have() -> None:
+    found = gain(
+        nn.Sequential(nn.Linear(6, 5), batchnorm.BatchNorm1d(5, activation="relu6")), torch.randn(8, 6), BRIEFLY
+    )
+    assert [one.cell for one in found.layers] == [Cell((8, 5), fused="bn+relu6")]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

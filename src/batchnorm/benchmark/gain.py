@@ -28,6 +28,7 @@ from batchnorm.surgery.tensors import copied
 
 AS_IS, CONVERTED, FUSED = "as it is", "converted", "fused"
 TRAINING, EVALUATION = "training step", "evaluation"
+_LONGEST = 30  # letters of a layer's name, whose end says more than its beginning
 _WHOLE = 20  # a whole model is timed so many times as long as a layer
 
 Advance = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
@@ -164,45 +165,48 @@ def gain(model: nn.Module, example_inputs: Any, seconds: float = 0.15, advance: 
 
 
 def _gain(model: nn.Module, inputs: Any, seconds: float, tell: Advance) -> Gain:
-    base = _ready(model, inputs)
-    converted = copied(base)
-    skipped = dict(convert(converted).skipped)
-    if len(skipped) == sum(map(is_batch_norm, converted.modules())):
-        raise ValueError(f"no batch normalization of the model can be converted: {next(iter(skipped.values()))}")
-    built, refused, fused = {CONVERTED: converted}, {}, {}
+    _check(model)
+    base = copied(model)
     tell("fusing", 0, 1)
-    try:
-        result = fuse(base, inputs)
-        built[FUSED], fused = result.model, result.fused
-    except Exception as error:  # the library's verdict, or whatever a forward does that no graph shows
-        refused[FUSED] = f"{type(error).__name__}: {error}"
-    cells = _calls(copied(built.get(FUSED, converted)), inputs, fused, skipped)
+    built, fused, skipped, refused = _built(base, inputs)
+    cells = _calls(copied(built[-1][1]), inputs, fused, skipped)
     layers = []
     for done, (cell, calls) in enumerate(cells.items()):
         tell("layers", done, len(cells))
         layers.append(_layer(cell, tuple(calls), sum(calls.values()), seconds))
     tell("the whole model", 0, 3)
-    for way, network in list(built.items()):
-        problem = _problem(base, network, inputs)
-        if problem is not None:
-            refused[way] = problem
-            del built[way]
-    whole, kept = _whole(base, built, inputs, _WHOLE * seconds, tell) if built else ({}, {})
-    layers.sort(key=lambda one: -one.seconds(TORCH))
-    return Gain(tuple(layers), skipped, whole, kept, refused)
+    problems = {way: _problem(base, network, inputs) for way, network in built}
+    refused |= {way: why for way, why in problems.items() if why is not None}
+    right = {way: network for way, network in built if problems[way] is None}
+    whole, kept = _whole(base, right, inputs, _WHOLE * seconds, tell) if right else ({}, {})
+    return Gain(tuple(sorted(layers, key=lambda one: -one.seconds(TORCH))), skipped, whole, kept, refused)
 
 
-def _ready(model: nn.Module, inputs: Any) -> nn.Module:
-    """A copy of a model that can be measured."""
+def _check(model: nn.Module) -> None:
+    """Refuse a model that cannot be measured."""
+    tensors = (*model.parameters(), *model.buffers())
     if not any(map(is_batch_norm, model.modules())):
         raise ValueError(f"{type(model).__name__} has no batch normalization layer")
-    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+    if any(map(is_lazy, tensors)):
         raise ValueError("the model has lazy layers, which have no shapes yet: call it once before")
-    devices = {str(t.device) for t in (*model.parameters(), *model.buffers())} - {"cpu"}
+    devices = sorted({str(t.device) for t in tensors} - {"cpu"})
     if devices:
-        raise ValueError(f"the model is on {', '.join(sorted(devices))}: the benchmark measures CPUs")
-    base: nn.Module = copied(model)
-    return base
+        raise ValueError(f"the model is on {', '.join(devices)}: the benchmark measures CPUs")
+
+
+def _built(
+    base: nn.Module, inputs: Any
+) -> tuple[list[tuple[str, nn.Module]], dict[str, str], dict[str, str], dict[str, str]]:
+    """What the model is made into, the best last; what is fused; and why layers and whole ways are not there."""
+    converted = copied(base)
+    skipped = dict(convert(converted).skipped)
+    if len(skipped) == sum(map(is_batch_norm, converted.modules())):
+        raise ValueError(f"no batch normalization of the model can be converted: {next(iter(skipped.values()))}")
+    try:
+        result = fuse(base, inputs)
+    except Exception as error:  # the library's verdict, or whatever a forward does that no graph shows
+        return [(CONVERTED, converted)], {}, skipped, {FUSED: f"{type(error).__name__}: {error}"}
+    return [(CONVERTED, converted), (FUSED, result.model)], result.fused, skipped, {}
 
 
 def _calls(
@@ -216,7 +220,8 @@ def _calls(
         if reason is not None:
             skipped[name] = reason
         elif name not in skipped:
-            does = "+".join(("bn", *fused.get(name, "").split(" + "))).removesuffix("+")
+            alone = "" if getattr(layer, "activation", None) is None else layer.activation.name
+            does = "+".join(("bn", *fused.get(name, alone).split(" + "))).removesuffix("+")
             calls = cells.setdefault(cell_of(args[0], does), {})
             calls[name] = calls.get(name, 0) + 1
 
@@ -281,6 +286,7 @@ def _pair(found: Figures, way: str) -> tuple[str, str]:
 
 def _listed(names: tuple[str, ...]) -> str:
     first = names[0] or "(the model)"
+    first = first if len(first) <= _LONGEST else f"…{first[-_LONGEST:]}"
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
 
 
