@@ -30,7 +30,7 @@ bench: $(TESTS)  ## time the layers against torch.nn, torch.compile and ONNX Run
 
 clean:  ## remove what was built and cached, but not the environment
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What the command needs.
 $(TOOLS): pyproject.toml constraints.txt

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from batchnorm.benchmark.report import Table, draw, time, times
 from batchnorm.memory import keep_freed_memory
-from batchnorm.reports.files import around, write_text
+from batchnorm.reports.files import write_text
 from batchnorm.reports.progress import progress
-from benchmarks import machine, report
+from benchmarks import machine, publish, report
 from benchmarks.folding import (
     FOLDED,
     FOLDED_FREEZING,
@@ -29,7 +29,6 @@ from benchmarks.folding import (
 )  # fmt: skip
 
 SCHEMA, VERSION = "batchnorm.benchmarks.folding", 2
-BEGIN, END = "## Folding", "## How to change it"
 ABOUT = """\
 Times are medians over rounds in which all contenders take turns, in one process, with freed memory kept. *×* is the
 first contender's time by the other's, the median over rounds with its 95 % interval: above 1, the other one is faster.
@@ -54,9 +53,7 @@ def run(out: Path, quick: bool, seconds: float | None = None, publish_to: Path |
     """
     out.mkdir(parents=True, exist_ok=True)
     if publish_to is not None:
-        if quick:
-            raise OSError("a quick run judges nothing and is not published: leave out --quick or --publish")
-        around(publish_to / "README.md", BEGIN, END)
+        publish.check(publish_to, publish.FOLDING, quick)
     if not quick:
         keep_freed_memory()
     console = Console(width=None if sys.stdout.isatty() else 130)  # a file or a pipe is as wide as the tables
@@ -72,7 +69,7 @@ def run(out: Path, quick: bool, seconds: float | None = None, publish_to: Path |
     parts = ["# Folding", *([f"**{report.QUICK}**"] if quick else []), ABOUT, report.written(found, 2)]
     write_text(paths[1], "\n\n".join(parts))
     if publish_to is not None:
-        paths.append(_publish(found, publish_to / "README.md"))
+        paths.append(publish.put(publish_to, publish.FOLDING, f"{ABOUT}\n\n{report.written(found, 3)}"))
     for title, table in found:
         if table.rows:
             console.print(title)
@@ -108,10 +105,4 @@ def _gain(row: Row, name: str) -> str:
 def _save(rows: list[Row], described: dict[str, str], quick: bool, path: Path) -> Path:
     data: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "quick": quick, "machine": described}
     write_text(path, json.dumps(data | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    return path
-
-
-def _publish(found: tuple[tuple[str, Table], ...], path: Path) -> Path:
-    before, after = around(path, BEGIN, END)
-    write_text(path, f"{before}{BEGIN}\n\n{ABOUT}\n\n{report.written(found, 3)}\n{after}")
     return path

@@ -8,11 +8,12 @@ from batchnorm.reports.files import around, write_text
 from benchmarks import report
 from benchmarks.results import Report
 
-_BEGIN, _END = "## Latest results", "## How to read it"
+# The headings between which results go.
+RESULTS, FOLDING = ("## Latest results", "## How to read it"), ("## Folding", "## Changing whole models")
 _CELLS = "# Every cell of the latest full run\n\nThe summary and how to read it are in [README.md](README.md).\n\n"
 
 
-def check(folder: Path, quick: bool) -> None:
+def check(folder: Path, place: tuple[str, str], quick: bool) -> None:
     """Refuse, before anything is measured, what could not be published after it.
 
     Raises:
@@ -20,15 +21,20 @@ def check(folder: Path, quick: bool) -> None:
     """
     if quick:
         raise OSError("a quick run judges nothing and is not published: leave out --quick or --publish")
-    around(folder / "README.md", _BEGIN, _END)
+    around(folder / "README.md", *place)
+
+
+def put(folder: Path, place: tuple[str, str], text: str) -> Path:
+    """Write results into the README, between two of its headings."""
+    path = folder / "README.md"
+    before, after = around(path, *place)
+    write_text(path, f"{before}{place[0]}\n\n{text}\n{after}")
+    return path
 
 
 def publish(found: Report, folder: Path) -> list[Path]:
-    """Write the summary into the README, between two of its headings, and the cells into their own file."""
-    before, after = around(folder / "README.md", _BEGIN, _END)
+    """Write the summary into the README, and the cells into their own file."""
     summary = report.written(tuple(report.sections(found)), 3)
-    write_text(
-        folder / "README.md", f"{before}{_BEGIN}\n\n{summary}\nEvery cell stands in [cells.md](cells.md).\n\n{after}"
-    )
-    write_text(folder / "cells.md", _CELLS + report.written(tuple(report.cell_sections(found)), 2))
-    return [folder / "README.md", folder / "cells.md"]
+    cells = folder / "cells.md"
+    write_text(cells, _CELLS + report.written(tuple(report.cell_sections(found)), 2))
+    return [put(folder, RESULTS, f"{summary}\nEvery cell stands in [cells.md](cells.md).\n"), cells]

@@ -31,7 +31,7 @@ def run(out: Path, quick: bool, seconds: float | None = None, publish_to: Path |
     """
     out.mkdir(parents=True, exist_ok=True)
     if publish_to is not None:
-        publish.check(publish_to, quick)
+        publish.check(publish_to, publish.RESULTS, quick)
     console = Console(width=None if sys.stdout.isatty() else 130)  # a file or a pipe is as wide as the tables
     plan = plans.quick() if quick else plans.full()
     with torch.device("cpu"):

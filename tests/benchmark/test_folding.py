@@ -95,7 +95,7 @@ def test_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, _, after = readme.read_text().partition("## Folding\n")
     assert before == page.read_text().partition("## Folding\n")[0]
     assert "### Evaluation of folded networks" in after
-    assert after.endswith(page.read_text().partition("## How to change it\n")[2])
+    assert after.endswith(page.read_text().partition("## Changing whole models\n")[2])
 
 
 def test_the_full_plan_names_networks_that_can_be_built() -> None:

@@ -126,7 +126,7 @@ def test_the_page_needs_nothing_and_escapes_everything(found):
 def test_a_run_takes_the_place_of_the_last_one(found, tmp_path):
     readme = "# Benchmark\n\n## Latest results\n\nold\n\n## How to read it\n\nslowly\n"
     (tmp_path / "README.md").write_text(readme, encoding="utf-8")
-    publish.check(tmp_path, quick=False)
+    publish.check(tmp_path, publish.RESULTS, quick=False)
     publish.publish(found, tmp_path)
     first = (tmp_path / "README.md").read_text(encoding="utf-8")
     publish.publish(found, tmp_path)
@@ -148,7 +148,8 @@ def test_what_cannot_be_published_is_refused_before_the_run(tmp_path, monkeypatc
 
 
 def test_the_readme_of_the_benchmark_has_a_place_for_results():
-    publish.check(Path(__file__).parents[2] / "benchmarks", quick=False)
+    for place in (publish.RESULTS, publish.FOLDING):
+        publish.check(Path(__file__).parents[2] / "benchmarks", place, quick=False)
 
 
 def test_a_refused_cell_fails_the_targets_it_belongs_to(found):
