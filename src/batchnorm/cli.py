@@ -91,7 +91,9 @@ MODEL_HELP = "MODEL makes the network: package.module:factory or path/file.py:fa
 )
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="File for the figures, too.")
 @DEBUG
-def benchmark(model: str | None, example: str | None, shape: str | None, debug: bool, **options: Any) -> None:
+def benchmark(
+    model: str | None, example: str | None, shape: str | None, json_out: Path | None, debug: bool, **options: Any
+) -> None:
     """Measure what a model would gain, or how layers fare against torch.nn's, once the results agree."""
     if model is None and (example or shape):
         raise click.UsageError("'--input' and '--shape' say what a '--model' is called with.")
@@ -101,7 +103,9 @@ def benchmark(model: str | None, example: str | None, shape: str | None, debug: 
         with _tools():
             from batchnorm.commands.benchmark import run
 
-        run(model, example, shape, **options)
+        if json_out is not None:
+            _check_writable(json_out.parent, json_out.name)
+        run(model, example, shape, json_out=json_out, **options)
 
 
 def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:

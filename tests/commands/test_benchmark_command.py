@@ -42,13 +42,13 @@ def bare():
     return nn.BatchNorm1d(4)
 
 
-class Broken(nn.BatchNorm1d):
+class Broken(nn.Linear):
     def forward(self, x):
         raise RuntimeError("no such luck")
 
 
 def broken():
-    return nn.Sequential(nn.Linear(3, 4), Broken(4))
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Broken(4, 4))
 
 
 number = 5
@@ -58,6 +58,7 @@ number = 5
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "users.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -119,7 +120,8 @@ def test_without_a_model_a_few_layers_are_measured(here: Path) -> None:
             "users:broken does not take a guessed input of 64×3, say --shape or --input: RuntimeError: no such luck",
         ),
         (["users:broken", "--shape", "8x3"], r"users\.py:\d+: RuntimeError: no such luck"),
-        (["users:net", "--json", "."], ". is a directory"),
+        (["users:net", "--json", "folder"], "folder is a directory"),
+        (["users:net", "--json", "users.py/gain.json"], r".*users\.py.*"),
     ],
 )
 def test_what_cannot_work_is_one_line(arguments: list[str], said: str) -> None:

@@ -19,6 +19,7 @@ from batchnorm.benchmark.gate import check
 from batchnorm.benchmark.memory import saved
 from batchnorm.benchmark.report import Table, markdown, size, time, times
 from batchnorm.benchmark.timing import Call
+from batchnorm.reports.progress import Advance
 from batchnorm.statistics import Batch
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.example import forward, in_mode, own, seeded
@@ -30,8 +31,6 @@ AS_IS, CONVERTED, FUSED = "as it is", "converted", "fused"
 TRAINING, EVALUATION = "training step", "evaluation"
 _LONGEST = 30  # letters of a layer's name, whose end says more than its beginning
 _WHOLE = 20  # a whole model is timed so many times as long as a layer
-
-Advance = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from batchnorm.benchmark.cells import Cell, Operation
 from batchnorm.benchmark.contenders import COPY, OURS, TORCH, contenders, inputs
 from batchnorm.benchmark.figures import Figures, by_ours
-from batchnorm.benchmark.gain import Advance
 from batchnorm.benchmark.gate import Check, check
 from batchnorm.benchmark.report import Table, time, times
+from batchnorm.reports.progress import Advance
 
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 _SMALL = (Cell((8, 64, 14, 14)), Cell((8, 64, 14, 14), fused="bn+relu"), Cell((32, 64)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import sys
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from torch import nn
 
 from batchnorm.benchmark import grid
 from batchnorm.benchmark.gain import gain
-from batchnorm.benchmark.report import draw
+from batchnorm.benchmark.report import Table, draw
 from batchnorm.commands import named
 from batchnorm.commands.fold import unwrapped
-from batchnorm.reports.files import target, write_text
-from batchnorm.reports.progress import progress
+from batchnorm.reports.files import write_text
+from batchnorm.reports.progress import Advance, progress
 from batchnorm.surgery.example import forward, in_mode, seeded
 from batchnorm.surgery.tensors import copied
 
@@ -56,37 +55,46 @@ def run(
         quick: short, to see that all works; the figures judge nothing.
         json_out: where everything goes as JSON.
     """
-    if json_out is not None:
-        target(json_out)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)  # a file is as wide as the tables
     seconds = seconds or (_QUICK_SECONDS if quick else _SECONDS)
-    about = {"torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}"}
-    about |= {"vectors": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
-    data: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "quick": quick, "machine": about}
-    data["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    said = ""
-    if model is None:
-        with progress() as advance:
-            rows = grid.measure(quick, seconds, advance)
-        tables = grid.tables(rows)
-        data["layers"] = [asdict(row) for row in rows]
-    else:
-        network, _ = unwrapped(named.model(model))
-        inputs, what = _inputs(network, model, example, shape)
-        with progress() as advance:
-            found = gain(network, inputs, seconds, advance)
-        tables, said = found.tables(), f"{found.sentence} Measured on {what}, with {about['threads']} threads."
-        data |= {"model": model, "inputs": what, **asdict(found), "sentence": found.sentence}
+    with progress() as advance:
+        if model is None:
+            tables, values = _layers(quick, seconds, advance)
+        else:
+            tables, values = _gain(model, example, shape, seconds, advance)
     for title, table in tables.items():
         console.print(title, style="bold")
         draw(table, console)
-    if said:
-        console.print(said)
+    threads = torch.get_num_threads()
+    if "sentence" in values:
+        console.print(f"{values['sentence']} Measured on {values['inputs']}, with {threads} threads.")
     if quick:
         console.print("This was a quick run: it shows that everything works, and its figures judge nothing.")
     if json_out is not None:
+        about = {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "quick": quick,
+            "torch": torch.__version__,
+            "threads": threads,
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+        }
+        data = {"schema": SCHEMA, "version": VERSION, **about, **values}
         write_text(json_out, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         console.print(str(json_out))
+
+
+def _layers(quick: bool, seconds: float, advance: Advance) -> tuple[dict[str, Table], dict[str, Any]]:
+    rows = grid.measure(quick, seconds, advance)
+    return grid.tables(rows), {"layers": [asdict(row) for row in rows]}
+
+
+def _gain(
+    model: str, example: str | None, shape: str | None, seconds: float, advance: Advance
+) -> tuple[dict[str, Table], dict[str, Any]]:
+    network, _ = unwrapped(named.model(model))
+    inputs, what = _inputs(network, model, example, shape)
+    found = gain(network, inputs, seconds, advance)
+    return found.tables(), {"model": model, "inputs": what, "sentence": found.sentence, **asdict(found)}
 
 
 def _inputs(network: nn.Module, model: str, example: str | None, shape: str | None) -> tuple[Any, str]:
