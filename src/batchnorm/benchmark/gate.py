@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -64,9 +65,14 @@ class Check(Generic[C]):
         return self.evaluation if operation == "evaluation" else self.training
 
 
-def check(cell: C) -> Check[C]:
-    """Judge a layer; never raises for what a kernel does: an exception is a problem, too."""
-    return guarded(_check, cell)
+def check(cell: C, allowed: float = ALLOWED) -> Check[C]:
+    """Judge a layer; never raises for what a kernel does: an exception is a problem, too.
+
+    Args:
+        cell: what it is called with.
+        allowed: how many times as far off as torch.nn ours may be.
+    """
+    return guarded(partial(_check, allowed=allowed), cell)
 
 
 def guarded(judge: Callable[[C], Check[C]], cell: C) -> Check[C]:
@@ -80,7 +86,7 @@ def guarded(judge: Callable[[C], Check[C]], cell: C) -> Check[C]:
         torch.set_num_threads(before)
 
 
-def _check(cell: C) -> Check[C]:
+def _check(cell: C, allowed: float) -> Check[C]:
     threads = max(2, torch.get_num_threads())
     given = settled(inputs(cell), cell)
     alone = observe(layer(layers, given, cell), given, 1)
@@ -90,11 +96,11 @@ def _check(cell: C) -> Check[C]:
     problems += [
         f"{name} differs between 1 and {threads} threads" for name in alone if not _same(alone[name], many[OURS][name])
     ]
-    errors, worse = _errors(many, given, cell)
+    errors, worse = _errors(many, given, cell, allowed)
     if cell.dtype == "float32" and cell.bytes <= _HARD_UP_TO:
         hard = settled(inputs(cell, offset=_HARD), cell)
         both = {name: observe(layer(one, hard, cell), hard, threads) for name, one in ((OURS, layers), (TORCH, nn))}
-        hard_errors, hard_worse = _errors(both, hard, cell)
+        hard_errors, hard_worse = _errors(both, hard, cell, allowed)
         errors |= {f"{name}, mean = 1e4 deviations": pair for name, pair in hard_errors.items()}
         worse += [f"{problem}, where the mean is 1e4 deviations" for problem in hard_worse]
     kept = {name: saved(one, given.arguments) for name, one in built.items()}
@@ -239,7 +245,7 @@ class _Error:
 
 
 def _errors(
-    found: dict[str, dict[str, Tensor]], given: Inputs, cell: Cell
+    found: dict[str, dict[str, Tensor]], given: Inputs, cell: Cell, allowed: float
 ) -> tuple[dict[str, tuple[float, float]], list[str]]:
     """The errors, ours and torch.nn's, of every result, and which of ours are too large."""
     gathered = {name: {whose: _Error() for whose in (OURS, TORCH, "exact")} for name in found[OURS]}
@@ -257,8 +263,8 @@ def _errors(
         kinds = ("", ", root mean square")
         for kind, unit, *pair, size in zip(kinds, units, *(one.values() for one in sums.values()), strict=True):
             ours, theirs = errors[name + kind] = (pair[0], pair[1])
-            allowed = max(ALLOWED * theirs, unit * size)
-            if not ours <= allowed:  # nan fails, too
-                words = f"{name} is off by {ours:.2g}{kind}, and torch.nn's by {theirs:.2g} (allowed: {allowed:.2g})"
+            most = max(allowed * theirs, unit * size)
+            if not ours <= most:  # nan fails, too
+                words = f"{name} is off by {ours:.2g}{kind}, and torch.nn's by {theirs:.2g} (allowed: {most:.2g})"
                 problems.append(words)
     return errors, problems

@@ -112,7 +112,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of a comparison of two arms, the control first, and everything that follows from them."""
+    """All runs of a comparison of two arms, the control first, and everything that follows from them.
+
+    ``to_json`` gives it as text, and ``batchnorm.study.report.save`` writes that and a page.
+    """
 
     data: str
     classes: int
