@@ -38,7 +38,8 @@ class Block(nn.Module):
         """Add what two convolutions find."""
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         out += x
-        return self.relu(out)
+        found: Tensor = self.relu(out)
+        return found
 
 
 def flat(layers: int) -> nn.Module:
@@ -59,7 +60,7 @@ def networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         yield f"{layers} layers, nested", lambda n=layers: nn.Sequential(nn.Conv2d(3, 8, 1), nested(n))  # type: ignore[misc]
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     try:
-        from with_timm import timm  # with a stand-in for torchvision
+        from with_timm import timm  # type: ignore[import-not-found]  # with a stand-in for torchvision
     except ImportError:
         print("timm is not installed: its networks are left out")
     else:

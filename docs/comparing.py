@@ -17,8 +17,7 @@ from torch import nn
 
 from batchnorm.study.arms import Arm
 from batchnorm.study.compare import compare
-from batchnorm.study.results import Settings
-from batchnorm.study.verdict import FEWEST_SEEDS, LEVEL, judge, paired
+from batchnorm.study.results import FEWEST_SEEDS, LEVEL, Settings, judge, paired
 
 DRAWS, REPETITIONS = 10_000, 200
 EFFECT = 1.5  # in standard deviations of a difference

@@ -47,7 +47,7 @@ else:
     assert "numba" not in sys.modules, "a kernel was compiled that the wheel has"
 
 package = importlib.resources.files("batchnorm")
-for resource in ("py.typed", "study/templates/report.html.j2"):
+for resource in ("py.typed", "study/templates/report.html.j2", "reports/templates/base.css"):
     assert package.joinpath(resource).is_file(), f"the wheel lacks {resource}"
 """
 

@@ -4,6 +4,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ try:
     import click
 
     from batchnorm.commands.errors import one_line
-    from batchnorm.files import target
+    from batchnorm.reports.files import target
 except ModuleNotFoundError as error:
     print(NEEDS_TOOLS.format(error.name), file=sys.stderr)
     raise SystemExit(2) from None
@@ -28,7 +29,7 @@ DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an err
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="batchnorm")
 def main() -> None:
-    """Batch normalization for PyTorch: compare, choose, measure; recalibrate and fold checkpoints."""
+    """Batch normalization for PyTorch: compare, measure; recalibrate and fold checkpoints."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack letters of the names of layers
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -55,10 +56,10 @@ def compare(out: Path, seeds: int | None, steps: int | None, quick: bool, debug:
 
             from rich.console import Console
 
-            from batchnorm.study import terminal
+            from batchnorm.reports.progress import progress
             from batchnorm.study.compare import compare as run
-            from batchnorm.study.results import QUICK, Settings
-            from batchnorm.study.verdict import judge
+            from batchnorm.study.report import save, table
+            from batchnorm.study.results import QUICK, Settings, judge
 
         default = QUICK if quick else Settings()
         seeds = seeds or default.seeds
@@ -66,90 +67,45 @@ def compare(out: Path, seeds: int | None, steps: int | None, quick: bool, debug:
         settings = replace(default, sweep_seeds=sweep_seeds, seeds=seeds, steps=steps or default.steps)
         console = Console()
         _check_writable(out, "results.json", "report.html")
-        with terminal.progress(console) as progress:
-            comparison = run(settings=settings, processes=1 if quick else None, progress=progress)
-        paths = comparison.save(out)
-        console.print(terminal.table(comparison))
+        with progress(console, "runs") as advance:
+            comparison = run(settings=settings, processes=1 if quick else None, progress=partial(advance, "training"))
+        paths = save(comparison, out)
+        console.print(table(comparison))
         console.print(judge(comparison).sentence, highlight=False)
         for path in paths:
             click.echo(path)
 
 
-@main.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("batchnorm-choose"),
-    show_default=True,
-    help="Directory for results.json, tables.md and choosing.svg.",
-)
-@click.option("--quick", is_flag=True, help="Take seconds, not minutes: too little training to tell the arms apart.")
-@click.option(
-    "--publish",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder whose choosing.md is to show the results.",
-)
-@DEBUG
-def choose(out: Path, quick: bool, publish: Path | None, debug: bool) -> None:
-    """Train with each policy on batches of 2 to 64, and tell which is best where."""
-    with one_line(debug):
-        with _tools():
-            from rich.console import Console
-
-            from batchnorm.study import guide, terminal
-            from batchnorm.study.data import digits
-            from batchnorm.study.signals import SIGNALS, mnist1d
-            from batchnorm.study.small_batches import QUICK, Budget, study
-
-        console = Console()
-        _check_writable(out, "results.json", "tables.md", "choosing.svg")
-        if publish is not None:
-            guide.check(publish, quick)
-        with terminal.progress(console) as progress:
-            data = digits(), mnist1d(SIGNALS // 10 if quick else SIGNALS)
-            found = study(data, QUICK if quick else Budget(), processes=1 if quick else None, progress=progress)
-        paths = [*found.save(out), *([] if publish is None else guide.publish(found, publish))]
-        guide.show(found, console)
-        for path in paths:
-            click.echo(path)
+MODEL_HELP = "MODEL makes the network: package.module:factory or path/file.py:factory, called without arguments."
 
 
-@main.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("batchnorm-benchmark"),
-    show_default=True,
-    help="Directory for the measurements.",
-)
-@click.option("--quick", is_flag=True, help="Measure a few small shapes, to see that all works.")
+@main.command(epilog=MODEL_HELP)
+@click.option("--model", help="Measure this model, layer by layer and as a whole.  [default: a few layers]")
+@click.option("--input", "example", help="Example inputs, or a function that makes them: package.module:function.")
+@click.option("--shape", help="Shape of an example input to draw, as in 8x3x224x224.  [default: a guess]")
+@click.option("--quick", is_flag=True, help="Measure briefly, to see that all works.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    help="For how long each operation of a cell is repeated.  [default: 0.15; quick: 0.02]",
+    help="For how long each layer is repeated.  [default: 0.15; quick: 0.02]",
 )
-@click.option(
-    "--publish",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder whose README.md and cells.md are to show the results.",
-)
-@click.option("--only", type=click.Choice(["folding"]), help="Measure this part, which has a report of its own.")
+@click.option("--json", "json_out", type=click.Path(path_type=Path), help="File for the figures, too.")
 @DEBUG
 def benchmark(
-    out: Path, quick: bool, seconds: float | None, publish: Path | None, only: str | None, debug: bool
+    model: str | None, example: str | None, shape: str | None, json_out: Path | None, debug: bool, **options: Any
 ) -> None:
-    """Time the kernels against torch.nn and its rivals, after a check that all agree."""
+    """Measure what a model would gain, or how layers fare against torch.nn's, once the results agree."""
+    if model is None and (example or shape):
+        raise click.UsageError("'--input' and '--shape' say what a '--model' is called with.")
+    if example and shape:
+        raise click.UsageError("'--input' and '--shape' exclude each other.")
     with one_line(debug):
         with _tools():
-            if only == "folding":
-                from batchnorm.benchmark.folding_report import run
-            else:
-                from batchnorm.benchmark import run
+            from batchnorm.commands.benchmark import run
 
-        run(out, quick, seconds, publish)
-
-
-MODEL_HELP = "MODEL makes the network: package.module:factory or path/file.py:factory, called without arguments."
+        if json_out is not None:
+            _check_writable(json_out.parent, json_out.name)
+        run(model, example, shape, json_out=json_out, **options)
 
 
 def _for_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
@@ -190,11 +146,12 @@ def recalibrate(model: str, checkpoint: Path, out: Path | None, dry_run: bool, d
     _check_has_out(out, dry_run)
     with one_line(debug):
         with _tools():
-            from batchnorm.commands import terminal
             from batchnorm.commands.recalibrate import run
+            from batchnorm.reports.progress import progress
 
-        with terminal.batches("recalibrating") as progress:
-            report, changed = run(model, checkpoint, out=out, dry_run=dry_run, progress=progress, **options)
+        with progress(unit="batches") as advance:
+            moved = partial(advance, "recalibrating")
+            report, changed = run(model, checkpoint, out=out, dry_run=dry_run, progress=moved, **options)
         click.echo(report)
         click.echo(_written(out, dry_run, f"{changed} values changed"))
 

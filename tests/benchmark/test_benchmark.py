@@ -8,12 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from batchnorm import benchmark, kernels
-from batchnorm.benchmark import check, grid, peers, plans, processes, report, rivals, summary, timing
-from batchnorm.benchmark.bars import bars
-from batchnorm.benchmark.results import Check, Report, Saved, Timing
+from batchnorm import kernels
+from batchnorm.benchmark import contenders, gate, timing
+from batchnorm.benchmark.gate import Check
+from batchnorm.benchmark.memory import Saved
 from batchnorm.benchmark.timing import Ratio
 from batchnorm.kernels import cpu
+from benchmarks import baselines, grid, plans, processes, report, run, summary
+from benchmarks.results import Report, Timing
+from benchmarks.targets import judged
 
 TINY = grid.Cell((8, 16, 6, 6))
 PLAIN = grid.Cell((32, 64, 56, 56))
@@ -35,7 +38,7 @@ def made(*timings: Timing, checks: tuple[Check, ...] = (), last_level: int = 2**
 
 
 def timed(cell: grid.Cell, ours: float, theirs: float, operation: str = "forward", regime: str = "warm") -> Timing:
-    seconds = {peers.OURS: ours, peers.TORCH: theirs, peers.COPY: ours / 1.5}
+    seconds = {contenders.OURS: ours, contenders.TORCH: theirs, contenders.COPY: ours / 1.5}
     ratios = {name: Ratio(value / ours, 0.99 * value / ours, 1.005 * value / ours) for name, value in seconds.items()}
     floor = 2 * cell.bytes
     return Timing(cell, 2, regime, operation, seconds, dict.fromkeys(seconds, 0.01), ratios, floor, 9)
@@ -45,7 +48,7 @@ def timed(cell: grid.Cell, ours: float, theirs: float, operation: str = "forward
 
 
 def test_a_run_writes_figures_for_every_cell_and_they_can_be_read_back(tiny, tmp_path, capsys):
-    benchmark.run(tmp_path / "new", quick=True)
+    run.run(tmp_path / "new", quick=True)
 
     text = (tmp_path / "new" / "benchmark.json").read_text(encoding="utf-8")
     found = Report.from_json(text)
@@ -53,16 +56,17 @@ def test_a_run_writes_figures_for_every_cell_and_they_can_be_read_back(tiny, tmp
     assert [t.problem for t in found.timings] == [None] * 13
     assert {check.training for check in found.checks} <= {"numba", "aten"}
     for t in found.timings:
-        rivals = {peers.OURS, peers.TORCH} | ({peers.COPY} if t.cell.kind == "layer" else set())
-        assert set(t.seconds) == rivals
+        expected = {contenders.OURS, contenders.TORCH} | ({contenders.COPY} if t.cell.kind == "layer" else set())
+        assert set(t.seconds) == expected
         assert all(seconds > 0 for seconds in t.seconds.values())
         assert all(one.low <= one.median <= one.high for one in t.ratios.values())
     (peak,) = found.peaks
     assert min(peak.bytes.values()) > 2 * TINY.bytes
-    assert found.to_json() + "\n" == text
+    assert report.to_json(found) + "\n" == text
     data = json.loads(text)
-    assert (data["schema"], data["version"]) == ("batchnorm.benchmark", 2)
-    assert {"bars", "geometric_means", "machine", "timings", "checks", "load_after"} < set(data)
+    assert (data["schema"], data["version"]) == ("batchnorm.benchmarks", 3)
+    assert {"derived", "machine", "timings", "checks", "load_after"} < set(data)
+    assert set(data["derived"]) == {"targets", "geometric_means"}
     assert "8×16×6×6" in (tmp_path / "new" / "benchmark.md").read_text(encoding="utf-8")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "benchmark.html",
@@ -81,9 +85,9 @@ def test_another_file_is_refused():
 
 
 def test_what_the_gate_lets_through_has_small_errors_and_saves_two_vectors():
-    found = check.check(TINY)
+    found = gate.check(TINY)
     assert found.problems == ()
-    assert found.saved[peers.OURS] == Saved(
+    assert found.saved[contenders.OURS] == Saved(
         input=8 * 16 * 36 * 4, layer=16 * 4, extra=2 * 16 * 8
     )  # the weight; the moments
     assert {"y", "dx", "dweight", "dbias", "running_mean", "running_var", "evaluation"} < set(found.errors)
@@ -91,18 +95,16 @@ def test_what_the_gate_lets_through_has_small_errors_and_saves_two_vectors():
 
 
 def test_a_wrong_kernel_gets_no_figures(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        check, "layer", lambda source, given, fused="bn": off(peers_layer(source, given, fused), source)
-    )
-    benchmark.run(tmp_path, quick=True)
+    monkeypatch.setattr(gate, "layer", lambda source, given, cell: off(right_layer(source, given, cell), source))
+    run.run(tmp_path, quick=True)
     found = Report.from_json((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     assert not found.timings
     assert all(any("y is off by" in problem for problem in check.problems) for check in found.checks)
-    assert not any(bar.passed for bar in bars(found) if bar.name == "lowest of all")
+    assert not any(target.passed for target in judged(found) if target.name == "lowest of all")
     assert "Without figures: 4" in capsys.readouterr().out
 
 
-peers_layer = peers.layer  # before any test replaces it
+right_layer = contenders.layer  # before any test replaces it
 
 
 def off(layer, source):
@@ -123,7 +125,7 @@ def off(layer, source):
 def test_a_wrong_backward_is_named(monkeypatch, result, spoil):
     right = cpu.backward
     monkeypatch.setattr(cpu, "backward", lambda *arguments: spoil(right(*arguments)))
-    assert any(problem.startswith(f"{result} is off by") for problem in check.check(TINY).problems)
+    assert any(problem.startswith(f"{result} is off by") for problem in gate.check(TINY).problems)
 
 
 def test_results_that_depend_on_the_number_of_threads_are_refused(monkeypatch):
@@ -134,14 +136,12 @@ def test_results_that_depend_on_the_number_of_threads_are_refused(monkeypatch):
         return (y if torch.get_num_threads() > 1 else torch.nextafter(y, y + 1)), moments
 
     monkeypatch.setattr(cpu, "forward", forward)
-    monkeypatch.setattr(grid, "threads", lambda: 2)
-    monkeypatch.setattr(check, "threads", lambda: 2)
-    assert "y differs between 1 and 2 threads" in check.check(TINY).problems
+    assert "y differs between 1 and 2 threads" in gate.check(TINY).problems
 
 
 def test_another_kernel_than_announced_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "which", lambda x, training, *others, **how: "reference")
-    assert any("'reference' was announced for training" in problem for problem in check.check(TINY).problems)
+    assert any("'reference' was announced for training" in problem for problem in gate.check(TINY).problems)
 
 
 def test_an_exception_is_a_problem_and_leaves_the_threads_alone(monkeypatch):
@@ -150,7 +150,7 @@ def test_an_exception_is_a_problem_and_leaves_the_threads_alone(monkeypatch):
 
     before = torch.get_num_threads()
     monkeypatch.setattr(cpu, "forward", broken)
-    assert check.check(TINY).problems == ("RuntimeError: no such luck",)
+    assert gate.check(TINY).problems == ("RuntimeError: no such luck",)
     assert torch.get_num_threads() == before
 
 
@@ -170,8 +170,8 @@ def test_ratios_and_means():
     found = made(
         timed(PLAIN, 1.0, 2.0), timed(grid.Cell((8, 64, 56, 56)), 1.0, 8.0), timed(grid.Cell((32, 64)), 1.0, 0.5)
     )
-    assert [t.ratio(peers.TORCH) for t in found.timings] == [2.0, 8.0, 0.5]
-    assert found.timings[0].ratio(rivals.JAX) is None
+    assert [t.ratio(contenders.TORCH) for t in found.timings] == [2.0, 8.0, 0.5]
+    assert found.timings[0].ratio(baselines.JAX) is None
     (mean,) = summary.geometric_means(found)
     assert (mean.mean, mean.lowest, mean.cells) == (pytest.approx(4.0), 2.0, 2)  # the two-dimensional cell is not in it
     assert [t.cell.shape for t in summary.slower(found)] == [(32, 64)]
@@ -179,33 +179,33 @@ def test_ratios_and_means():
 
 def test_slower_is_what_is_beyond_doubt_and_noise():
     def one(low, median, high):
-        ratios = {peers.TORCH: Ratio(median, low, high)}
-        return Timing(PLAIN, 2, "warm", "forward", {peers.OURS: 1.0, peers.TORCH: median}, {}, ratios)
+        ratios = {contenders.TORCH: Ratio(median, low, high)}
+        return Timing(PLAIN, 2, "warm", "forward", {contenders.OURS: 1.0, contenders.TORCH: median}, {}, ratios)
 
     assert not summary.slower(made(one(0.7, 0.9, 0.98)))
     assert summary.slower(made(one(0.7, 0.9, 0.96)))
-    assert bar("lowest of all", one(0.7, 0.9, 0.98)) == (0.9, True, 1)
-    assert bar("lowest of all", one(0.7, 0.9, 0.96)) == (0.9, False, 1)
+    assert target("lowest of all", one(0.7, 0.9, 0.98)) == (0.9, True, 1)
+    assert target("lowest of all", one(0.7, 0.9, 0.96)) == (0.9, False, 1)
 
 
-def bar(name, *timings, checks=(), last_level=2**25):
-    (found,) = (b for b in bars(made(*timings, checks=checks, last_level=last_level)) if b.name == name)
+def target(name, *timings, checks=(), last_level=2**25):
+    (found,) = (b for b in judged(made(*timings, checks=checks, last_level=last_level)) if b.name == name)
     return found.value, found.passed, found.figures
 
 
-def test_bars():
+def test_targets():
     forward = "float32 contiguous, forward"
-    assert bar(forward, timed(PLAIN, 1, 5.5)) == (pytest.approx(5.5), True, 1)
-    assert bar(forward, timed(PLAIN, 1, 4.5)) == (pytest.approx(4.5), False, 1)
-    assert bar(forward, timed(PLAIN, 1, 9.0, regime="fresh")) == (None, None, 0)
+    assert target(forward, timed(PLAIN, 1, 5.5)) == (pytest.approx(5.5), True, 1)
+    assert target(forward, timed(PLAIN, 1, 4.5)) == (pytest.approx(4.5), False, 1)
+    assert target(forward, timed(PLAIN, 1, 9.0, regime="fresh")) == (None, None, 0)
     refused = (Check(grid.Cell((8, 64, 56, 56)), problems=("wrong",)),)
-    assert bar(forward, timed(PLAIN, 1, 5.5), checks=refused) == (pytest.approx(5.5), False, 1)
-    assert bar(forward, timed(PLAIN, 1, 5.5), Timing(PLAIN, 2, "warm", "forward", problem="lost"))[1] is False
-    assert bar("lowest of all", timed(PLAIN, 1, 9), timed(grid.Cell((32, 64)), 1, 0.98)) == (0.98, True, 2)
-    assert bar("lowest of all", timed(PLAIN, 1, 9), timed(grid.Cell((32, 64)), 1, 0.96)) == (0.96, False, 2)
+    assert target(forward, timed(PLAIN, 1, 5.5), checks=refused) == (pytest.approx(5.5), False, 1)
+    assert target(forward, timed(PLAIN, 1, 5.5), Timing(PLAIN, 2, "warm", "forward", problem="lost"))[1] is False
+    assert target("lowest of all", timed(PLAIN, 1, 9), timed(grid.Cell((32, 64)), 1, 0.98)) == (0.98, True, 2)
+    assert target("lowest of all", timed(PLAIN, 1, 9), timed(grid.Cell((32, 64)), 1, 0.96)) == (0.96, False, 2)
     copies = "… beyond the cache, most copies"
-    assert bar(copies, timed(PLAIN, 1, 9)) == (None, None, 0)
-    assert bar(copies, timed(PLAIN, 1, 9), last_level=2**20) == (pytest.approx(1.5), True, 1)
+    assert target(copies, timed(PLAIN, 1, 9)) == (None, None, 0)
+    assert target(copies, timed(PLAIN, 1, 9), last_level=2**20) == (pytest.approx(1.5), True, 1)
 
 
 def test_contenders_take_turns_and_medians_are_of_single_calls(monkeypatch):
@@ -227,8 +227,8 @@ def test_the_full_grid_is_the_specified_one():
     assert len(cells) == 3 * 25 * 4 + 5 * 2 + 4
     timings = [(job.cell, job.threads, job.regime, o) for job in plan.jobs for o in job.operations]
     assert len(timings) == len(set(timings)) == plan.timings - len(plan.together)
-    assert set(plans.RIVALS) <= cells
-    compared = [job.cell for job in plan.jobs if "forward+backward" in job.rivals and job.cell.fused == "bn+relu"]
+    assert set(plans.BASELINES) <= cells
+    compared = [job.cell for job in plan.jobs if "forward+backward" in job.baselines and job.cell.fused == "bn+relu"]
     contiguous = {c.shape for c in compared if c.dtype == "float32" and c.layout == "contiguous"}
     assert contiguous >= set(plans.COMPILED["contiguous"])
     assert {(job.threads, job.regime) for job in plan.jobs} >= {(grid.threads(), "warm"), (grid.threads(), "fresh")}
@@ -237,7 +237,7 @@ def test_the_full_grid_is_the_specified_one():
 
 @pytest.mark.parametrize("cell", [TINY, grid.Cell((4, 8, 4, 4, 4), "bfloat16", "channels_last"), grid.Cell((4, 8, 5))])
 def test_inputs_have_the_layout_and_dtype_of_their_cell_and_are_the_same_each_time(cell):
-    first, second = peers.inputs(cell), peers.inputs(cell)
+    first, second = contenders.inputs(cell), contenders.inputs(cell)
     assert torch.equal(first.x, second.x)
     assert first.x.dtype == first.grad_y.dtype == cell.torch_dtype
     wanted = (
@@ -246,19 +246,19 @@ def test_inputs_have_the_layout_and_dtype_of_their_cell_and_are_the_same_each_ti
     assert first.x.is_contiguous(memory_format=wanted or torch.contiguous_format)
 
 
-def test_a_rival_that_cannot_be_built_is_left_out_and_named(monkeypatch):
+def test_a_baseline_that_cannot_be_built_is_skipped_and_named(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    calls, left_out = rivals.rivals(TINY, peers.inputs(TINY), "forward")
-    assert left_out[rivals.COMPILED] == "RuntimeError: no compiler"
-    assert rivals.COMPILED not in calls
-    found = made(replace(timed(PLAIN, 1.0, 2.0), left_out=left_out))
+    calls, skipped = baselines.build(TINY, contenders.inputs(TINY), "forward")
+    assert skipped[baselines.COMPILED] == "RuntimeError: no compiler"
+    assert baselines.COMPILED not in calls
+    found = made(replace(timed(PLAIN, 1.0, 2.0), skipped=skipped))
     assert ("32×64×56×56 float32 contiguous, forward, torch.compile", "RuntimeError: no compiler") in summary.failures(
         found
     )
-    assert bar("float32 contiguous, forward", *found.timings)[1] is False  # 2 is not 5
+    assert target("float32 contiguous, forward", *found.timings)[1] is False  # 2 is not 5
     report.show(found, Console(file=io.StringIO()))
 
 

@@ -1,5 +1,6 @@
-"""The contenders compute the same: layers with what follows them, rivals, whole networks."""
+"""The contenders compute the same: layers with what follows them, baselines, whole networks."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from batchnorm import layers
-from batchnorm.benchmark import check, grid, memory, models, peers, rivals, traffic, whole
+from batchnorm.benchmark import contenders, gate
+from benchmarks import baselines, grid, memory, models, traffic, whole
 
 RELU = grid.Cell((8, 16, 6, 6), fused="bn+relu")
 ADDED = grid.Cell((8, 16, 6, 6), fused="bn+add+relu")
@@ -15,64 +17,72 @@ ADDED = grid.Cell((8, 16, 6, 6), fused="bn+add+relu")
 
 @pytest.mark.parametrize("cell", [RELU, ADDED])
 def test_the_gate_lets_fused_layers_through(cell):
-    found = check.check(cell)
+    found = gate.check(cell)
     assert found.problems == ()
     assert (found.training, found.evaluation) == ("numba", "aten")  # which evaluates what is small
     assert ("dresidual" in found.errors) == (cell is ADDED)
-    assert found.saved[peers.OURS].extra < cell.bytes / 8
-    assert found.saved[peers.TORCH].extra >= cell.bytes  # the activation's result
+    assert found.saved[contenders.OURS].extra < cell.bytes / 8
+    assert found.saved[contenders.TORCH].extra >= cell.bytes  # the activation's result
 
 
 def test_a_forgotten_activation_or_residual_is_refused(monkeypatch):
-    right = peers.layer
+    right = contenders.layer
 
-    def forgets(source, given, fused="bn"):
+    def forgets(source, given, cell):
         if source is nn:
-            return right(source, given, fused)
+            return right(source, given, cell)
         layer = layers.BatchNorm2d(given.x.shape[1])
-        layer.load_state_dict(right(layers, given).state_dict())
+        layer.load_state_dict(right(layers, given, cell).state_dict())
         return layer
 
-    monkeypatch.setattr(check, "layer", forgets)
-    assert any(problem.startswith("y is off by") for problem in check.check(RELU).problems)
-    assert any(problem.startswith("dresidual is off by") for problem in check.check(ADDED).problems)
+    monkeypatch.setattr(gate, "layer", forgets)
+    assert any(problem.startswith("y is off by") for problem in gate.check(RELU).problems)
+    assert any(problem.startswith("dresidual is off by") for problem in gate.check(ADDED).problems)
 
 
-def test_a_relu_near_zero_may_take_either_side_but_not_elsewhere():
-    given = peers.inputs(RELU)
-    y = peers.layer(nn, given, "bn+relu")(given.x).detach()
-    right = check.oracle(given, slice(0, 16), "bn+relu", y)
-    z = right["y" + check._ARGUMENT]
-    assert torch.equal(right["y"], z.relu())
-    far = check.oracle(given, slice(0, 16), "bn+relu", torch.zeros_like(y))
-    assert torch.equal(far["dx"], right["dx"])  # nothing is near zero here, so what y says does not count
+@pytest.mark.parametrize("name", ["relu", "relu6", "hardswish"])
+def test_an_activation_near_a_kink_may_take_either_side_but_not_elsewhere(name):
+    cell = grid.Cell((8, 16, 6, 6), fused=f"bn+{name}")
+    given = contenders.inputs(cell)
+    part = slice(0, 16)
+    assert torch.equal(gate.settled(given, cell).grad_y, given.grad_y)  # nothing is near a kink here
+    arguments = gate._argument(given, part)[0]
+    z = min((arguments - kink for kink in gate._KINKS[name]), key=lambda distance: distance.abs().min())
     channel = int(z.abs().flatten(2).amin(2).amin(0).argmin())
-    nearest = z[:, channel].abs().min()
-    given.bias[channel] -= z[:, channel].flatten()[z[:, channel].abs().argmin()]
-    assert nearest < 0.1
-    sides = [check.oracle(given, slice(0, 16), "bn+relu", side)["dbias"] for side in (torch.zeros_like(y), y + 1)]
-    assert (sides[0] != sides[1]).nonzero().flatten().tolist() == [channel]
+    nearest = int(z[:, channel].flatten().abs().argmin())
+    assert z[:, channel].abs().min() < 0.1
+    given.bias[channel] -= z[:, channel].flatten()[nearest]
+    settled = gate.settled(given, cell)
+    cleared = (settled.grad_y != given.grad_y)[:, channel].flatten().nonzero().flatten().tolist()
+    assert cleared == [nearest]
+    assert (settled.grad_y != given.grad_y).sum() == 1
+    sides = []
+    for side in (-1e-6, 1e-6):
+        given.bias[channel] += side
+        sides.append(gate.oracle(dataclasses.replace(settled, bias=given.bias.clone()), part, cell)["dbias"])
+        given.bias[channel] -= side
+    torch.testing.assert_close(*sides)
 
 
 @pytest.mark.parametrize("cell", [RELU, ADDED])
 def test_onnx_runtime_gives_the_same(cell):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    given = peers.inputs(cell)
+    given = contenders.inputs(cell)
     with torch.no_grad():
-        calls, left_out = rivals.rivals(cell, given, "evaluation", only=(rivals.ONNX,))
-        (y,) = calls[rivals.ONNX]().get_outputs() if not left_out else (None,)
-    assert left_out == {}
-    expected = peers.layer(nn, given, cell.fused).eval()(*given.arguments)
+        calls, skipped = baselines.build(cell, given, "evaluation", only=(baselines.ONNX,))
+        (y,) = calls[baselines.ONNX]().get_outputs() if not skipped else (None,)
+    assert skipped == {}
+    expected = contenders.layer(nn, given, cell).eval()(*given.arguments)
     torch.testing.assert_close(torch.from_numpy(y.numpy()), expected.detach())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 @pytest.mark.parametrize("cell", [grid.Cell((8, 16, 6, 6)), RELU, ADDED])
 def test_jax_gives_the_same(cell):
-    given = peers.inputs(cell)
-    _, gradients, moved = rivals.rivals(cell, given, "forward+backward", only=(rivals.JAX,))[0][rivals.JAX]()
-    built = peers.layer(nn, given, cell.fused)
+    given = contenders.inputs(cell)
+    _, gradients, moved = baselines.build(cell, given, "forward+backward", only=(baselines.JAX,))[0][baselines.JAX]()
+    built = contenders.layer(nn, given, cell)
     built(*given.arguments).backward(given.grad_y)
     expected = [*(t.grad for t in given.arguments), *(p.grad for p in built.parameters())]
     found = [torch.from_numpy(one.copy()) for one in map(__import__("numpy").asarray, (*gradients, *moved))]
@@ -81,11 +91,11 @@ def test_jax_gives_the_same(cell):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
-    calls, left_out = rivals.rivals(RELU, peers.inputs(RELU), "evaluation", only=(rivals.JAX, rivals.ONNX))
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    calls, skipped = baselines.build(RELU, contenders.inputs(RELU), "evaluation", only=(baselines.JAX, baselines.ONNX))
     assert calls == {}
-    assert left_out[rivals.JAX] == "not installed: jax"
-    assert "onnxruntime" in left_out[rivals.ONNX]
+    assert skipped[baselines.JAX] == "not installed: jax"
+    assert "onnxruntime" in skipped[baselines.ONNX]
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
@@ -111,12 +121,12 @@ def test_a_network_is_checked_before_it_is_timed(monkeypatch):
         models.ConvNorm(norm, 3, 16, 3), models._basic(norm, 16, 16, 1), *models._head(16, 100)
     ))  # fmt: skip
     cell = grid.Cell((8, 3, 8, 8), kind="model", model="small")
-    found = check.check(cell)
+    found = whole.check(cell)
     assert found.problems == ()
     assert (found.training, found.evaluation) == ("numba", "aten")  # which evaluates what is small
 
     monkeypatch.setattr(layers.BatchNorm2d, "forward", lambda self, x, residual=None: nn.BatchNorm2d.forward(self, x))
-    assert any(problem.startswith("y is off by") for problem in check.check(cell).problems)
+    assert any(problem.startswith("y is off by") for problem in whole.check(cell).problems)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
@@ -149,12 +159,12 @@ def test_what_is_kept_counts_storages_once():
     alone, chained, leaky = memory.kept()
     tensor = memory._BATCH * memory._CHANNELS * memory._SIDE**2 * 4
     count = memory._BLOCKS
-    assert alone.bytes[peers.OURS] // tensor == 1
-    assert alone.bytes[peers.TORCH] // tensor == 2
-    assert chained.bytes[peers.OURS] // tensor == 2 * count  # each convolution keeps its input, whoever made it
-    assert chained.bytes[peers.TORCH] // tensor == 2 * count + 1
-    assert leaky.bytes[peers.OURS] // tensor == count + 1
-    assert leaky.bytes[peers.TORCH] // tensor == 3 * count
+    assert alone.bytes[contenders.OURS] // tensor == 1
+    assert alone.bytes[contenders.TORCH] // tensor == 2
+    assert chained.bytes[contenders.OURS] // tensor == 2 * count  # each convolution keeps its input, whoever made it
+    assert chained.bytes[contenders.TORCH] // tensor == 2 * count + 1
+    assert leaky.bytes[contenders.OURS] // tensor == count + 1
+    assert leaky.bytes[contenders.TORCH] // tensor == 3 * count
 
 
 def test_the_peak_is_what_is_held_at_once():

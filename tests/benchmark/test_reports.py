@@ -1,4 +1,4 @@
-"""What a run leaves behind: intervals, bars, tables, a page that needs nothing, a README that shows the last run."""
+"""What a run leaves behind: intervals, targets, tables, a page that needs nothing, a README that shows the last run."""
 
 import statistics
 from dataclasses import replace
@@ -7,24 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batchnorm import benchmark
-from batchnorm.benchmark import grid, memory, page, peers, publish, report, rivals, tables, timing, whole
-from batchnorm.benchmark.bars import bars
-from batchnorm.benchmark.results import Check, Memory, Report, Timing
+from batchnorm.benchmark import contenders, timing
+from batchnorm.benchmark.gate import Check
 from batchnorm.benchmark.timing import Ratio
+from benchmarks import baselines, grid, memory, page, publish, report, run, tables, whole
+from benchmarks.results import Memory, Report, Timing
+from benchmarks.targets import judged
 
 BIG = (32, 256, 56, 56)  # beyond a cache of 32 MiB
 
 
 def timed(cell: grid.Cell, operation: str, floor: int = 0, **ratios: float) -> Timing:
     names = {
-        "torch": peers.TORCH,
-        "copy": peers.COPY,
-        "compiled": rivals.COMPILED,
+        "torch": contenders.TORCH,
+        "copy": contenders.COPY,
+        "compiled": baselines.COMPILED,
         "ours_compiled": whole.OURS_COMPILED,
     }
     found = {names[name]: Ratio(ratio, 0.9 * ratio, 1.1 * ratio) for name, ratio in ratios.items()}
-    seconds = {peers.OURS: 1.0} | {name: one.median for name, one in found.items()}
+    seconds = {contenders.OURS: 1.0} | {name: one.median for name, one in found.items()}
     return Timing(cell, 2, "warm", operation, seconds, dict.fromkeys(seconds, 0.0), found, floor, 9)
 
 
@@ -41,7 +42,7 @@ def found() -> Report:
         timed(grid.Cell(BIG, fused="bn+relu"), "forward+backward", 5 * grid.Cell(BIG).bytes, torch=5.0, compiled=2.5),
         timed(model, "forward+backward", torch=1.2, compiled=1.1, ours_compiled=0.9),
         timed(grid.Cell((8, 64, 56, 56), kind="chain"), "forward+backward", torch=1.1),
-        kept=(Memory(memory.ALONE, {peers.TORCH: 200, peers.OURS: 100}),),
+        kept=(Memory(memory.ALONE, {contenders.TORCH: 200, contenders.OURS: 100}),),
         checks=(Check(grid.Cell((8, 64, 7, 7)), problems=("<script>alert(1)</script>",)),),
     )
 
@@ -71,18 +72,18 @@ def test_ratios_are_of_the_same_round():
     assert timing.ratio(theirs, ours) == Ratio(2.0, 2.0, 2.0)
 
 
-# --- bars ----------------------------------------------------------------------------------------------------------
+# --- targets -------------------------------------------------------------------------------------------------------
 
 
-def test_the_bars_of_fused_layers_networks_and_bytes(found):
-    judged = {bar.name: (bar.value, bar.passed) for bar in bars(found)}
-    assert judged["BN+ReLU float32 contiguous"] == (pytest.approx(5.0), True)
-    assert judged["BN+ReLU float32 contiguous, torch.compile"] == (pytest.approx(2.5), True)
-    assert judged["BN beyond the cache, forward, most × floor"] == (pytest.approx(1.25), True)
-    assert judged["ResNet-18, training step"] == (pytest.approx(1.2), True)
-    assert judged["DenseNet-121, training step"] == (None, None)
-    assert judged[f"saved by {memory.ALONE}, share"] == (0.5, True)
-    assert judged["lowest of all"][0] == 1.1
+def test_the_targets_of_fused_layers_networks_and_bytes(found):
+    reached = {one.name: (one.value, one.passed) for one in judged(found)}
+    assert reached["BN+ReLU float32 contiguous"] == (pytest.approx(5.0), True)
+    assert reached["BN+ReLU float32 contiguous, torch.compile"] == (pytest.approx(2.5), True)
+    assert reached["BN beyond the cache, forward, most × floor"] == (pytest.approx(1.25), True)
+    assert reached["ResNet-18, training step"] == (pytest.approx(1.2), True)
+    assert reached["DenseNet-121, training step"] == (None, None)
+    assert reached[f"saved by {memory.ALONE}, share"] == (0.5, True)
+    assert reached["lowest of all"][0] == 1.1
 
 
 def test_times_the_floor_is_at_the_speed_of_the_copy():
@@ -93,14 +94,14 @@ def test_times_the_floor_is_at_the_speed_of_the_copy():
 
 
 def test_what_a_report_knows_survives_json(found):
-    assert Report.from_json(found.to_json()) == found
+    assert Report.from_json(report.to_json(found)) == found
 
 
 # --- tables, page, README --------------------------------------------------------------------------------------------
 
 
 def test_tables_show_every_contender_and_interval(found):
-    assert tables.rivals(found).rows[0][3:6] == ("1000.00 ms", "5.00 ×", "2.50 ×")
+    assert tables.baselines(found).rows[0][3:6] == ("1000.00 ms", "5.00 ×", "2.50 ×")
     assert tables.networks(found).rows[0][2:] == ("1000.00 ms", "1.20 × (1.08–1.32)", "1.10 ×", "900.00 ms")
     every = dict(tables.every_cell(found))
     assert "1.25 of 205.5 MB" in every["BN, warm memory, 2 threads"].rows[0]
@@ -125,7 +126,7 @@ def test_the_page_needs_nothing_and_escapes_everything(found):
 def test_a_run_takes_the_place_of_the_last_one(found, tmp_path):
     readme = "# Benchmark\n\n## Latest results\n\nold\n\n## How to read it\n\nslowly\n"
     (tmp_path / "README.md").write_text(readme, encoding="utf-8")
-    publish.check(tmp_path, quick=False)
+    publish.check(tmp_path, publish.RESULTS, quick=False)
     publish.publish(found, tmp_path)
     first = (tmp_path / "README.md").read_text(encoding="utf-8")
     publish.publish(found, tmp_path)
@@ -138,20 +139,21 @@ def test_a_run_takes_the_place_of_the_last_one(found, tmp_path):
 
 
 def test_what_cannot_be_published_is_refused_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(OSError, match="quick"):
-        benchmark.run(tmp_path, quick=True, publish_to=tmp_path)
+        run.run(tmp_path, quick=True, publish_to=tmp_path)
     (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
     with pytest.raises(OSError, match="headings"):
-        benchmark.run(tmp_path, quick=False, publish_to=tmp_path)
+        run.run(tmp_path, quick=False, publish_to=tmp_path)
 
 
 def test_the_readme_of_the_benchmark_has_a_place_for_results():
-    publish.check(Path(__file__).parents[2] / "benchmarks", quick=False)
+    for place in (publish.RESULTS, publish.FOLDING):
+        publish.check(Path(__file__).parents[2] / "benchmarks", place, quick=False)
 
 
-def test_a_refused_cell_fails_the_bars_it_belongs_to(found):
+def test_a_refused_cell_fails_the_targets_it_belongs_to(found):
     refused = replace(found, checks=(Check(grid.Cell((8, 64, 7, 7), fused="bn+relu"), problems=("wrong",)),))
-    judged = {bar.name: bar.passed for bar in bars(refused)}
-    assert judged["BN+ReLU float32 contiguous"] is False
-    assert judged["ResNet-18, training step"] is True
+    reached = {one.name: one.passed for one in judged(refused)}
+    assert reached["BN+ReLU float32 contiguous"] is False
+    assert reached["ResNet-18, training step"] is True

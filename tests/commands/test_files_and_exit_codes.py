@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from batchnorm.cli import main
-from batchnorm.files import replacing, write_texts
+from batchnorm.reports.files import replacing, write_texts
 from batchnorm.study.results import Comparison
 
 SOURCE = """
@@ -347,13 +347,13 @@ def test_an_interruption_within_other_code_is_one(here: Path, model: str) -> Non
 
 
 @posix
-@pytest.mark.parametrize("command", ["compare", "choose", "benchmark"])
-def test_ctrl_c_while_a_command_imports(here: Path, command: str) -> None:
+@pytest.mark.parametrize("command", [("compare", "--out"), ("benchmark", "--json")])
+def test_ctrl_c_while_a_command_imports(here: Path, command: tuple[str, str]) -> None:
     """Its first seconds; sent while it imports a module that takes its time, in the place of torch."""
     (here / "torch.py").write_text("import time\nopen('begun', 'w').close()\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here), os.environ.get("PYTHONPATH", "")))}
     running = subprocess.Popen(
-        [sys.executable, "-m", "batchnorm.cli", command, "--out", "out"], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "batchnorm.cli", *command, "out"], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
     )  # fmt: skip
     try:

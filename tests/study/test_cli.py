@@ -1,17 +1,18 @@
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from interruption import interrupted
 
 from batchnorm import cli
 from batchnorm.cli import main
 from batchnorm.study.results import Comparison
-from waiting import HANGS_AFTER
+from waiting import HANGS_AFTER, until
 
 QUICK = ["compare", "--quick", "--seeds", "1", "--steps", "2"]
 
@@ -24,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_compare_writes_its_results_and_says_the_answer(tmp_path: Path) -> None:
     result = CliRunner().invoke(
-        main, ["compare", "--quick", "--steps", "10", "--out", str(tmp_path)], env={"COLUMNS": "120"}
+        main, ["compare", "--quick", "--steps", "2", "--out", str(tmp_path)], env={"COLUMNS": "120"}
     )
     assert result.exit_code == 0, result.output
     for text in ("no norm", "batch norm", "test accuracy", "Inconclusive: ", "a verdict needs at least 6 seeds."):
@@ -71,9 +72,41 @@ def test_help_needs_neither_torch_nor_the_tools_but_click() -> None:
     assert not {"torch", "numba", "rich", "matplotlib", "sklearn", "joblib", "jinja2"} & set(loaded)
 
 
+def interrupted(*arguments: str) -> tuple[int, str]:
+    """Send Ctrl-C to a command that has begun to work: its exit code, and what it said of errors.
+
+    It has when it shows on its terminal that a first run is done: its workers, too, are past their start then.
+    """
+    ours, its = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchnorm.cli", *arguments],
+        stdout=its, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    os.close(its)
+    os.set_blocking(ours, False)
+    shown = b""
+
+    def works() -> bool:
+        nonlocal shown
+        assert process.poll() is None, "it ended by itself"
+        with suppress(BlockingIOError):
+            shown += os.read(ours, 65536)
+        return re.search(rb"\b[1-9]\d*/\d", shown) is not None
+
+    try:
+        until(works, "it shows that a run is done")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        _, errors = process.communicate(timeout=HANGS_AFTER)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        os.close(ours)
+    return process.returncode, errors
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
 def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    code, errors = interrupted("compare", tmp_path / "out")
+    code, errors = interrupted("compare", "--steps", "20", "--out", str(tmp_path / "out"))
     assert code == 130
     assert errors == "batchnorm: stopped\n"
     assert list((tmp_path / "out").iterdir()) == []

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from batchnorm import files
+from batchnorm.reports import files
 from batchnorm.study import report
 from batchnorm.study.report import render
 from batchnorm.study.results import Comparison
@@ -64,7 +64,7 @@ def test_the_same_results_give_the_same_page(trained: Comparison) -> None:
 
 
 def test_saving_writes_both_files_and_nothing_else(trained: Comparison, tmp_path: Path) -> None:
-    paths = trained.save(tmp_path / "new" / "folder")
+    paths = report.save(trained, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["results.json", "report.html"]
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["report.html", "results.json"]
     assert Comparison.from_json(paths[0].read_text(encoding="utf-8")) == trained
@@ -92,13 +92,13 @@ def test_a_report_that_cannot_be_drawn_leaves_no_file(trained: Comparison, tmp_p
 
     monkeypatch.setattr(report, "render", fail)
     with pytest.raises(RuntimeError):
-        trained.save(tmp_path / "out")
+        report.save(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="chromium is not on PATH")
 def test_a_browser_shows_the_plots(trained: Comparison, tmp_path: Path) -> None:
-    _, page = trained.save(tmp_path)
+    _, page = report.save(trained, tmp_path)
     picture = tmp_path / "page.png"
     arguments = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,2600"]
     subprocess.run(

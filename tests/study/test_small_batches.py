@@ -1,40 +1,57 @@
+import io
 import json
-import os
 import random
 import re
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import choosing
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from interruption import interrupted
+from choosing_study import (
+    GHOST,
+    LADDER,
+    NORMS,
+    SYNC,
+    Budget,
+    SmallRun,
+    Study,
+    _beyond,
+    _first_rates,
+    mnist1d,
+    network,
+    recalibrated,
+    run,
+    study,
+)  # fmt: skip
 from torch import nn
 
-from batchnorm.cli import main
 from batchnorm.layers import BatchNorm1d
 from batchnorm.statistics import Ghost, Renorm
-from batchnorm.study import guide
 from batchnorm.study.arms import Arm, build
 from batchnorm.study.data import digits
-from batchnorm.study.normalizers import GHOST, NORMS, SmallRun, network, recalibrated, run
 from batchnorm.study.results import Stage
-from batchnorm.study.signals import mnist1d
-from batchnorm.study.small_batches import LADDER, SYNC, Budget, Study, _beyond, _first_rates, study
 
 DOCS = Path(__file__).parents[2] / "docs"
 SMALL = Budget(batches=(16,), samples=32, sweep_seeds=1, seeds=1, processes=2)
 
 
+QUICK = Budget(batches=(4, 16), samples=64, sweep_seeds=1, seeds=2)
+GUIDE = "# A\n\n## Measured\n\nold\n\n## What these numbers say\n\nkept\n"
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The quick run of the command: its directory and what it printed."""
+    """A quick run of the script: its folder and what it printed."""
     out = tmp_path_factory.mktemp("choose")
-    result = CliRunner().invoke(main, ["choose", "--quick", "--out", str(out)], env={"COLUMNS": "150"})
-    assert result.exit_code == 0, result.output
-    return out, result.output
+    (out / "choosing.md").write_text(GUIDE)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        choosing.remake(out, QUICK, (digits(), mnist1d(500)), processes=1)
+    return out, printed.getvalue()
 
 
 @pytest.fixture
@@ -60,9 +77,9 @@ def made_up() -> Study:
     return Study(budget, environment, tuple(runs))
 
 
-def test_the_command_trains_everything_and_writes_its_results(quick: tuple[Path, str]) -> None:
+def test_the_script_trains_everything_and_writes_its_results(quick: tuple[Path, str]) -> None:
     out, printed = quick
-    found = Study.from_json((out / "results.json").read_text(encoding="utf-8"))
+    found = Study.from_json((out / "choosing.json").read_text(encoding="utf-8"))
     budget = found.budget
     assert found.data == ["digits", "MNIST-1D"]
     for data in found.data:
@@ -74,24 +91,23 @@ def test_the_command_trains_everything_and_writes_its_results(quick: tuple[Path,
                     assert 0 <= cell.lowest <= cell.accuracy <= cell.highest <= 1
                     assert (cell.recalibrated is None) == (arm in ("no norm", "group norm", "layer norm"))
     assert "samples in a step" in printed
-    assert str(out / "tables.md") in printed
-    assert sorted(path.name for path in out.iterdir()) == ["choosing.svg", "results.json", "tables.md"]
+    assert sorted(path.name for path in out.iterdir()) == ["choosing.json", "choosing.md", "choosing.svg"]
 
 
 def test_tables_and_plot_follow_from_the_results_alone(quick: tuple[Path, str]) -> None:
     out, _ = quick
-    found = Study.from_json((out / "results.json").read_text(encoding="utf-8"))
-    assert guide.markdown(found) == (out / "tables.md").read_text(encoding="utf-8")
-    assert guide.figure(found) == (out / "choosing.svg").read_text(encoding="utf-8")
-    drawn = ElementTree.fromstring(guide.figure(found))
+    found = Study.from_json((out / "choosing.json").read_text(encoding="utf-8"))
+    assert choosing.markdown(found) in (out / "choosing.md").read_text(encoding="utf-8")
+    assert choosing.figure(found) == (out / "choosing.svg").read_text(encoding="utf-8")
+    drawn = ElementTree.fromstring(choosing.figure(found))
     assert drawn.tag.endswith("svg")
-    assert "var(--" not in guide.figure(found)
+    assert "var(--" not in choosing.figure(found)
     text = "".join(drawn.itertext())
     assert all(name in text for name in (*found.data, "ghost of 8", "sync over 4", "renorm"))
 
 
 def test_each_rate_lies_between_others_that_were_tried_and_final_seeds_are_fresh(quick: tuple[Path, str]) -> None:
-    found = Study.from_json((quick[0] / "results.json").read_text(encoding="utf-8"))
+    found = Study.from_json((quick[0] / "choosing.json").read_text(encoding="utf-8"))
     assert len({(r.data, r.arm, r.batch, r.rate, r.seed, r.stage) for r in found.runs}) == len(found.runs)
     for r in found.runs:
         if r.stage == "final":
@@ -143,7 +159,7 @@ def test_sync_is_batch_norm_of_all_processes_samples(made_up: Study) -> None:
 
 
 def test_the_tables_hold_these_numbers(made_up: Study) -> None:
-    text = guide.markdown(made_up)
+    text = choosing.markdown(made_up)
     assert re.search(r"\| renorm +\| +51.9 \(51 to 52\) \| +53.1 \(53 to 54\) \|", text)
     assert re.search(r"\| renorm +\| +\+10.0 \(\+10.0 to \+10.0\) \|", text)
     assert re.search(r"\| renorm +\| +−3.0 / \+2.0 \|", text)
@@ -211,9 +227,11 @@ def test_recalibrated_statistics_are_those_of_the_whole_training_part() -> None:
     assert recalibrated(network("digits", "group norm", 10), data.train, data.test) is None
 
 
-def test_a_diverged_run_is_measured_as_knowing_nothing() -> None:
-    found = run(digits(), "no norm", 16, 160, 1e20, 0, "final")
+@pytest.mark.parametrize(("norm", "recalibrated"), [("no norm", None), ("batch norm", 0)])
+def test_a_diverged_run_is_measured_as_knowing_nothing(norm: str, recalibrated: float | None) -> None:
+    found = run(digits(), norm, 16, 160, 1e20, 0, "final")
     assert found.accuracy == 0
+    assert found.recalibrated == recalibrated
 
 
 def test_mnist1d_is_made_without_the_network_and_leaves_the_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,9 +263,9 @@ def test_results_of_another_kind_are_refused(made_up: Study) -> None:
 
 
 def test_publishing_replaces_what_stands_between_the_headings(made_up: Study, tmp_path: Path) -> None:
-    (tmp_path / "choosing.md").write_text("# A\n\n## Measured\n\nold\n\n## What these numbers say\n\nkept\n")
+    (tmp_path / "choosing.md").write_text(GUIDE)
     for _ in range(2):
-        paths = guide.publish(made_up, tmp_path)
+        paths = choosing.publish(made_up, tmp_path)
         text = (tmp_path / "choosing.md").read_text(encoding="utf-8")
         assert text.startswith("# A\n\n## Measured\n\n![")
         assert text.endswith("|\n\n## What these numbers say\n\nkept\n")
@@ -261,38 +279,22 @@ def test_the_guide_shows_what_its_results_say() -> None:
     found = Study.from_json((DOCS / "choosing.json").read_text(encoding="utf-8"))
     text = (DOCS / "choosing.md").read_text(encoding="utf-8")
     measured = text.partition("## Measured\n")[2].partition("## What these numbers say\n")[0]
-    assert guide.markdown(found) in measured
+    assert choosing.markdown(found) in measured
     assert found.budget == Budget()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("text", "message"),
     [
-        (["--quick", "--publish", "."], "a quick run tells nothing and is not published"),
-        (["--publish", "."], "No such file or directory: '?choosing.md"),
-        (["--out", "file/out"], "Not a directory"),
+        (None, "No such file or directory: .*choosing.md"),
+        ("# A guide\n", "has no headings '## Measured' and '## What these numbers say'"),
     ],
 )
-def test_what_cannot_work_is_one_line_before_any_training(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_guide_without_a_place_is_refused_before_any_training(
+    text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(main, ["choose", *arguments])
-    assert result.exit_code == 1
-    assert re.fullmatch(f"Error: .*{message}.*\n", result.output), result.output
-
-
-def test_a_guide_without_the_headings_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "choosing.md").write_text("# A guide\n")
-    with pytest.raises(OSError, match="has no headings '## Measured' and '## What these numbers say'"):
-        guide.check(tmp_path, quick=False)
-
-
-@pytest.mark.slow  # as in test_cli, which shares the code
-@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
-def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    code, errors = interrupted("choose", tmp_path / "out")
-    assert code == 130
-    assert errors == "batchnorm: stopped\n"
-    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr(choosing, "study", lambda *_, **__: pytest.fail("it was trained"))
+    if text is not None:
+        (tmp_path / "choosing.md").write_text(text)
+    with pytest.raises(OSError, match=message):
+        choosing.remake(tmp_path, QUICK, (digits(),))

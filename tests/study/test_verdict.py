@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from batchnorm.study.results import Settings
-from batchnorm.study.verdict import judge, paired, points
+from batchnorm.study.results import Settings, judge, paired, points
 
 
 def test_a_difference_beyond_doubt_is_claimed(make_comparison) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.files import target
+from batchnorm.reports.files import target
 
 __all__ = ["KEYS", "Checkpoint", "check_outs", "fit", "is_safetensors", "read", "save", "write"]
 

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import click
 
-from batchnorm.files import written
+from batchnorm.reports.files import written
 
 __all__ = ["in_one_line", "one_line"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.commands import checkpoints, named
-from batchnorm.files import replacing
+from batchnorm.reports.files import replacing
 from batchnorm.surgery.batches import inputs
 from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.folding.fold import Folded, fold
@@ -51,7 +51,7 @@ def run(
     read = checkpoints.read(checkpoint, key)
     made = in_mode(named.model(model), False)
     checkpoints.fit(made, read)
-    net, prefix = _unwrapped(made)
+    net, prefix = unwrapped(made)
     given = _example(net, example, data)
     folded = fold(net, given)
     if not folded.folded:
@@ -69,7 +69,7 @@ def run(
     return folded
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     """The model within what makes it parallel or compiles it, and what the names of a folded one begin with.
 
     What `batchnorm.fold` makes of a parallel model is parallel, too; a compiled one is folded before it is compiled.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.commands import checkpoints, named
-from batchnorm.files import replacing
+from batchnorm.reports.files import replacing
 from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
 
 __all__ = ["run"]

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from batchnorm import pages
-from batchnorm.pages import INK, MUTED
+from batchnorm.reports import pages
+from batchnorm.reports.pages import INK, MUTED
 from batchnorm.study.results import Comparison, Run
 
 # Stand-ins, as in ``pages``.
