@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 import batchnorm
 from batchnorm import recurrent
-from batchnorm.surgery.line import along_inputs, along_outputs, constant_through, line
+from batchnorm.surgery.inspect.affine import along_inputs, along_outputs, constant_through, line
 
 
 class FrozenBatchNorm2d(nn.Module):

@@ -29,8 +29,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import batchnorm
 from batchnorm import Accumulated, Ghost, Moments, Renorm, Sync
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.measure import moments_of
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.recorder import moments_of
 from waiting import HANGS_AFTER
 
 DOCS = Path(__file__).parents[2] / "docs"

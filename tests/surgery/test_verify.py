@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
-from batchnorm.surgery.tensors import copied, tensors_in
-from batchnorm.surgery.verify import check, largest_difference
+from batchnorm.surgery.inspect.tensors import copied, tensors_in
+from batchnorm.surgery.inspect.verify import check, largest_difference
 
 
 @dataclasses.dataclass

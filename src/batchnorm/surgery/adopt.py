@@ -18,10 +18,10 @@ from torch.nn.parameter import is_lazy
 from batchnorm.activations import Activation
 from batchnorm.any_rank import SyncBatchNorm
 from batchnorm.layers import OWN, widen_statistics
-from batchnorm.surgery.elementwise import activation_in
-from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_frozen
-from batchnorm.surgery.reading import Reading, inputs_for, read
-from batchnorm.surgery.trial import aside, plain_state, twin_of
+from batchnorm.surgery.inspect.elementwise import activation_in
+from batchnorm.surgery.inspect.find import FROZEN, OURS, TORCHS, is_frozen
+from batchnorm.surgery.inspect.reading import Reading, inputs_for, read
+from batchnorm.surgery.inspect.trial import aside, plain_state, twin_of
 
 __all__ = ["SYNCED", "adopted_activation", "give_back", "obstacle", "settle", "take_over"]
 

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
+from batchnorm.surgery.inspect.restoring import Restoring
 from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]

@@ -14,11 +14,11 @@ from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
-from batchnorm.surgery.folding.handover import handed_over, share_of
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
-from batchnorm.surgery.sources import Search, Source
-from batchnorm.surgery.watched import missed
+from batchnorm.surgery.inspect.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
+from batchnorm.surgery.inspect.handover import handed_over, share_of
+from batchnorm.surgery.inspect.sources import Search, Source
+from batchnorm.surgery.inspect.watched import missed
 
 __all__ = ["Replaced", "replace"]
 

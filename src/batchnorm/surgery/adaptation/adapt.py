@@ -15,12 +15,12 @@ from batchnorm.recurrent.base import Recurrent
 from batchnorm.surgery.adaptation import tent
 from batchnorm.surgery.adaptation.predictions import Predictions
 from batchnorm.surgery.adaptation.target import Share, Target, measure, mixed
-from batchnorm.surgery.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.recalibration.passes import evaluation
-from batchnorm.surgery.recalibration.sites import Site, sites_of
+from batchnorm.surgery.inspect.batches import Forward, as_written, unwrapped
+from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.inspect.restoring import Restoring, completely
+from batchnorm.surgery.measuring.passes import evaluation
+from batchnorm.surgery.measuring.sites import Site, sites_of
 from batchnorm.surgery.report import for_json, listed
-from batchnorm.surgery.restoring import Restoring, completely
 
 __all__ = ["Adapted", "Shift", "adapt"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge
 from batchnorm.surgery.adaptation.predictions import Predictions, scores
-from batchnorm.surgery.batches import Forward, call, moved, samples
-from batchnorm.surgery.recalibration.measure import finite, given, moments_of
-from batchnorm.surgery.recalibration.sites import Site
+from batchnorm.surgery.inspect.batches import Forward, call, moved, samples
+from batchnorm.surgery.measuring.recorder import finite, given, moments_of
+from batchnorm.surgery.measuring.sites import Site
 
 __all__ = ["Share", "Target", "measure", "mixed"]
 

@@ -14,16 +14,16 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.find import settle_lazy, shadow
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
-from batchnorm.surgery.folding.foldable import Borders, layers_of
-from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
-from batchnorm.surgery.folding.neighbours import Observed, Traced
 from batchnorm.surgery.folding.proof import Proof
-from batchnorm.surgery.fusing.undo import undo
+from batchnorm.surgery.inspect.example import forward, in_mode, own, seeded
+from batchnorm.surgery.inspect.find import settle_lazy, shadow
+from batchnorm.surgery.inspect.handover import Step, leaves_nothing, take
+from batchnorm.surgery.inspect.neighbours import Observed, Traced
+from batchnorm.surgery.inspect.obstacles import Borders, layers_of
+from batchnorm.surgery.inspect.recorded import recorded
 from batchnorm.surgery.norms import Zero
-from batchnorm.surgery.recorded import recorded
+from batchnorm.surgery.undo import undo
 
 __all__ = ["Folded", "fold"]
 

@@ -17,7 +17,7 @@ from batchnorm.activations import module_of
 from batchnorm.epilogue import as_layers
 from batchnorm.kernels import using
 from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
-from batchnorm.surgery.line import along_outputs, bias_behind, line
+from batchnorm.surgery.inspect.affine import along_outputs, bias_behind, line
 
 __all__ = ["fold_graph", "sized"]
 

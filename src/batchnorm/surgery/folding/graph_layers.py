@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import OURS, TORCHS, hooks_of, is_batch_norm, is_frozen
-from batchnorm.surgery.folding.ranks import rank_of
-from batchnorm.surgery.line import LINEAR_MAPS, TRANSPOSED
+from batchnorm.surgery.inspect.affine import LINEAR_MAPS, TRANSPOSED
+from batchnorm.surgery.inspect.find import OURS, TORCHS, hooks_of, is_batch_norm, is_frozen
+from batchnorm.surgery.inspect.ranks import rank_of
 
 __all__ = ["GraphLayers", "Norm", "RefusalError", "Slot", "Source", "aten", "gives_several"]
 

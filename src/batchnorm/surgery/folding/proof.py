@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.find import shadow
-from batchnorm.surgery.verify import comparable, evaluated, largest_difference
+from batchnorm.surgery.inspect.find import shadow
+from batchnorm.surgery.inspect.verify import comparable, evaluated, largest_difference
 
 __all__ = ["Proof"]
 

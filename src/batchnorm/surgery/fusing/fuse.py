@@ -11,14 +11,14 @@ from torch import nn
 
 from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
-from batchnorm.surgery.example import calls_of
-from batchnorm.surgery.find import TORCHS, hooked_between
 from batchnorm.surgery.fusing.ahead import Ahead
 from batchnorm.surgery.fusing.observe import observed
 from batchnorm.surgery.fusing.rewrite import absorb
 from batchnorm.surgery.fusing.traced import Tracing
-from batchnorm.surgery.tensors import copied
-from batchnorm.surgery.verify import Errors, check
+from batchnorm.surgery.inspect.example import calls_of
+from batchnorm.surgery.inspect.find import TORCHS, hooked_between
+from batchnorm.surgery.inspect.tensors import copied
+from batchnorm.surgery.inspect.verify import Errors, check
 
 __all__ = ["Fused", "fuse"]
 

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.activations import Activation, activation_of
 from batchnorm.kernels import using
-from batchnorm.surgery.elementwise import activation_in
-from batchnorm.surgery.example import forward, in_mode, seeded
-from batchnorm.surgery.find import hooks_of, names_of, shadow
 from batchnorm.surgery.fusing.ahead import only_asks
 from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, step
 from batchnorm.surgery.fusing.patterns import has_zero_channels
-from batchnorm.surgery.tensors import tensors_in
+from batchnorm.surgery.inspect.elementwise import activation_in
+from batchnorm.surgery.inspect.example import forward, in_mode, seeded
+from batchnorm.surgery.inspect.find import hooks_of, names_of, shadow
+from batchnorm.surgery.inspect.tensors import tensors_in
 
 __all__ = ["Witness", "observed", "witnessed"]
 

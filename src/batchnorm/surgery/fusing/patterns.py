@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm.activations import Activation
-from batchnorm.surgery.find import hooks_of
 from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, is_addition, step
 from batchnorm.surgery.fusing.values import Form, Values
+from batchnorm.surgery.inspect.find import hooks_of
 
 __all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described", "has_zero_channels"]
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from batchnorm.surgery.example import Calls
-from batchnorm.surgery.find import TORCHS, hooks_of, is_batch_norm, names_of
 from batchnorm.surgery.fusing.patterns import LEAVES, Chain, Parts, additions_of, calls_of_layers, chain_of
 from batchnorm.surgery.fusing.rewrite import absorb, rewrite
-from batchnorm.surgery.fusing.trace import (
+from batchnorm.surgery.fusing.values import Values
+from batchnorm.surgery.inspect.example import Calls
+from batchnorm.surgery.inspect.find import TORCHS, hooks_of, is_batch_norm, names_of
+from batchnorm.surgery.inspect.trace import (
     Leaf,
     Shadows,
     UntraceableError,
@@ -21,7 +22,6 @@ from batchnorm.surgery.fusing.trace import (
     takes_fixed_arguments,
     trace,
 )
-from batchnorm.surgery.fusing.values import Values
 
 __all__ = ["Tracing"]
 

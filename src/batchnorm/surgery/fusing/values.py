@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import Arguments, seeded
-from batchnorm.surgery.find import shadow
+from batchnorm.surgery.inspect.example import Arguments, seeded
+from batchnorm.surgery.inspect.find import shadow
 
 __all__ = ["Form", "Values"]
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm import layers
-from batchnorm.surgery.find import OURS, TORCHS, is_frozen
-from batchnorm.surgery.folding.paths import asks, is_identity, name_of
-from batchnorm.surgery.line import CONVOLUTIONS
+from batchnorm.surgery.inspect.affine import CONVOLUTIONS
+from batchnorm.surgery.inspect.find import OURS, TORCHS, is_frozen
+from batchnorm.surgery.inspect.paths import asks, is_identity, name_of
 
 __all__ = ["rank_of", "rank_taken"]
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.batches import Forward, call, moved, samples
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.measure import Enough, Watch, finite, normalize_with_the_batch
-from batchnorm.surgery.recalibration.sites import Site, write
-from batchnorm.surgery.recalibration.together import Processes
+from batchnorm.surgery.inspect.batches import Forward, call, moved, samples
+from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.recorder import Enough, Watch, finite, normalize_with_the_batch
+from batchnorm.surgery.measuring.sites import Site, write
+from batchnorm.surgery.measuring.together import Processes
 
 __all__ = ["How", "Seen", "Stopped", "batch_by_batch", "evaluation", "layer_by_layer"]
 

@@ -10,14 +10,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.preserve import Values, preserved
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
-from batchnorm.surgery.recalibration.sites import Site, sites_of, write
-from batchnorm.surgery.recalibration.together import Processes
+from batchnorm.surgery.inspect.batches import Forward, as_written, unwrapped
+from batchnorm.surgery.inspect.preserve import Values, preserved
+from batchnorm.surgery.inspect.restoring import completely
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
+from batchnorm.surgery.measuring.sites import Site, sites_of, write
+from batchnorm.surgery.measuring.together import Processes
 from batchnorm.surgery.report import for_json, listed
-from batchnorm.surgery.restoring import completely
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
 

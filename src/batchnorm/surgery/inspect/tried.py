@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import seeded
-from batchnorm.surgery.folding.handover import handed_over, put
-from batchnorm.surgery.line import inputs_of
+from batchnorm.surgery.inspect.affine import inputs_of
+from batchnorm.surgery.inspect.example import seeded
+from batchnorm.surgery.inspect.handover import handed_over, put
 
 __all__ = ["Call", "does_not_take"]
 

@@ -17,10 +17,10 @@ from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.recurrent.steps import Norm
-from batchnorm.surgery.find import is_known
-from batchnorm.surgery.reading import following, read
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.sites import Site, write
+from batchnorm.surgery.inspect.find import is_known
+from batchnorm.surgery.inspect.reading import following, read
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.sites import Site, write
 
 __all__ = ["Enough", "Watch", "finite", "given", "moments_of", "normalize_with_the_batch"]
 

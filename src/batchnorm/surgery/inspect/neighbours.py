@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from batchnorm.surgery.find import is_batch_norm, names_of
-from batchnorm.surgery.folding.paths import hands_on_module
-from batchnorm.surgery.folding.view import Share, View
 from batchnorm.surgery.fusing.traced import Tracing
-from batchnorm.surgery.line import is_linear_map
-from batchnorm.surgery.recorded import Run
-from batchnorm.surgery.watched import missed, read_besides_calls
+from batchnorm.surgery.inspect.affine import is_linear_map
+from batchnorm.surgery.inspect.find import is_batch_norm, names_of
+from batchnorm.surgery.inspect.paths import hands_on_module
+from batchnorm.surgery.inspect.recorded import Run
+from batchnorm.surgery.inspect.view import Share, View
+from batchnorm.surgery.inspect.watched import missed, read_besides_calls
 
 __all__ = ["Neighbours", "Observed", "Traced", "untouched"]
 

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.find import hooks_of, is_batch_norm, names_of, shadow
-from batchnorm.surgery.line import is_linear_map, is_plain
-from batchnorm.surgery.tensors import tensors_in
-from batchnorm.surgery.watched import read_besides_calls
+from batchnorm.surgery.inspect.affine import is_linear_map, is_plain
+from batchnorm.surgery.inspect.example import forward, in_mode, own, seeded
+from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of, shadow
+from batchnorm.surgery.inspect.tensors import tensors_in
+from batchnorm.surgery.inspect.watched import read_besides_calls
 
 __all__ = ["Run", "recorded"]
 

@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import Renorm, part
-from batchnorm.surgery.find import is_batch_norm, is_frozen, is_known
-from batchnorm.surgery.reading import read
-from batchnorm.surgery.recalibration.clusters import Clusters
+from batchnorm.surgery.inspect.find import is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.inspect.reading import read
+from batchnorm.surgery.measuring.clusters import Clusters
 from batchnorm.surgery.report import listed
 
 __all__ = ["Site", "sites_of", "write"]

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.folding import paths
-from batchnorm.surgery.folding.ranks import rank_of, rank_taken
-from batchnorm.surgery.folding.sums import has_middle, summands
-from batchnorm.surgery.line import is_linear_map, outputs_of
+from batchnorm.surgery.inspect import paths
+from batchnorm.surgery.inspect.affine import is_linear_map, outputs_of
+from batchnorm.surgery.inspect.ranks import rank_of, rank_taken
+from batchnorm.surgery.inspect.sums import has_middle, summands
 
 __all__ = ["Share", "Unclear", "View"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.restoring import Restoring
 
 __all__ = ["Values", "preserved"]
 

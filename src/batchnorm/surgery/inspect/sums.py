@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.folding import paths
-from batchnorm.surgery.line import is_plain, wide
+from batchnorm.surgery.inspect import paths
+from batchnorm.surgery.inspect.affine import is_plain, wide
 
 __all__ = ["has_middle", "in_the_middle", "summands"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import hooks_of
+from batchnorm.surgery.inspect.find import hooks_of
 
 __all__ = [
     "asks", "channel_axis", "channels_between", "data_of", "flattens", "hands_on_module", "is_identity", "is_movement",

@@ -13,13 +13,13 @@ from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.layers import channels_of
 from batchnorm.recurrent.base import Recurrent
-from batchnorm.surgery.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
-from batchnorm.surgery.folding.handover import share_of
-from batchnorm.surgery.folding.neighbours import Neighbours
-from batchnorm.surgery.folding.tried import Call, does_not_take
-from batchnorm.surgery.folding.view import Share
-from batchnorm.surgery.line import TRANSPOSED, inputs_of, is_plain, line_of, outputs_of
-from batchnorm.surgery.reading import following, read
+from batchnorm.surgery.inspect.affine import TRANSPOSED, inputs_of, is_plain, line_of, outputs_of
+from batchnorm.surgery.inspect.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
+from batchnorm.surgery.inspect.handover import share_of
+from batchnorm.surgery.inspect.neighbours import Neighbours
+from batchnorm.surgery.inspect.reading import following, read
+from batchnorm.surgery.inspect.tried import Call, does_not_take
+from batchnorm.surgery.inspect.view import Share
 
 __all__ = ["Borders", "layers_of", "no_line"]
 

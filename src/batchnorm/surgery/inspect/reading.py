@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm.activations import Activation, module_of
-from batchnorm.surgery.elementwise import is_identity, recognized
-from batchnorm.surgery.find import hooks_of, is_frozen, is_known
-from batchnorm.surgery.trial import aside, mentions_processes, plain_state, twin_of
+from batchnorm.surgery.inspect.elementwise import is_identity, recognized
+from batchnorm.surgery.inspect.find import hooks_of, is_frozen, is_known
+from batchnorm.surgery.inspect.trial import aside, mentions_processes, plain_state, twin_of
 
 __all__ = ["Reading", "following", "inputs_for", "read"]
 

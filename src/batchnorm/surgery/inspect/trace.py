@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import is_batch_norm, shadow
-from batchnorm.surgery.line import is_linear_map
+from batchnorm.surgery.inspect.affine import is_linear_map
+from batchnorm.surgery.inspect.find import is_batch_norm, shadow
 
 __all__ = ["Shadows", "UntraceableError", "is_container", "refusing", "takes_fixed_arguments", "trace"]
 

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm import any_rank, layers
-from batchnorm.surgery.tensors import copied
+from batchnorm.surgery.inspect.tensors import copied
 
 __all__ = [
     "FROZEN", "OURS", "TORCHS", "hooked_between", "hooks_of", "is_batch_norm", "is_frozen", "is_known", "names_of",

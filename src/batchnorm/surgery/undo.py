@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from batchnorm.epilogue import WithEpilogue
-from batchnorm.surgery.example import in_mode
-from batchnorm.surgery.find import TORCHS
 from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten, let_go, restore
+from batchnorm.surgery.inspect.example import in_mode
+from batchnorm.surgery.inspect.find import TORCHS
 
 __all__ = ["undo"]
 

@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.find import names_of
-from batchnorm.surgery.folding.sums import in_the_middle
-from batchnorm.surgery.line import TRANSPOSED, along_inputs, along_outputs, bias_behind, constant_through, line_of, wide
+from batchnorm.surgery.inspect.affine import (
+    TRANSPOSED,
+    along_inputs,
+    along_outputs,
+    bias_behind,
+    constant_through,
+    line_of,
+    wide,
+)
+from batchnorm.surgery.inspect.find import names_of
+from batchnorm.surgery.inspect.reading import following
+from batchnorm.surgery.inspect.sums import in_the_middle
 from batchnorm.surgery.norms import Identity, Zero
-from batchnorm.surgery.reading import following
 
 __all__ = ["Step", "handed_over", "leaves_nothing", "put", "share_of", "take"]
 

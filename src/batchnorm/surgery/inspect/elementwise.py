@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.activations import Activation, activation_of, applied
-from batchnorm.surgery.find import hooks_of
-from batchnorm.surgery.trial import aside, plain_state
+from batchnorm.surgery.inspect.find import hooks_of
+from batchnorm.surgery.inspect.trial import aside, plain_state
 
 __all__ = ["activation_in", "is_identity", "recognized"]
 

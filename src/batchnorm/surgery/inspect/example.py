@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.find import shadow
+from batchnorm.surgery.inspect.find import shadow
 
 __all__ = ["Arguments", "Calls", "calls_of", "forward", "in_mode", "own", "seeded"]
 

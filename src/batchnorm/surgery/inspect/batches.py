@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.restoring import Restoring
 
 __all__ = ["Forward", "as_written", "call", "inputs", "moved", "samples", "unwrapped"]
 

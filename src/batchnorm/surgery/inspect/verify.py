@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.tensors import copied, tensors_in
+from batchnorm.surgery.inspect.example import forward, in_mode, own, seeded
+from batchnorm.surgery.inspect.tensors import copied, tensors_in
 
 __all__ = ["Errors", "check", "comparable", "evaluated", "largest_difference"]
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from batchnorm.layers import channels_of
-from batchnorm.surgery.find import hooks_of, is_batch_norm, names_of
-from batchnorm.surgery.folding.foldable import Borders
-from batchnorm.surgery.folding.neighbours import Neighbours, untouched
-from batchnorm.surgery.folding.view import Unclear, View
 from batchnorm.surgery.fusing.traced import Tracing
-from batchnorm.surgery.line import is_linear_map, outputs_of
-from batchnorm.surgery.recorded import Run, recorded
-from batchnorm.surgery.watched import read_besides_calls
+from batchnorm.surgery.inspect.affine import is_linear_map, outputs_of
+from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of
+from batchnorm.surgery.inspect.neighbours import Neighbours, untouched
+from batchnorm.surgery.inspect.obstacles import Borders
+from batchnorm.surgery.inspect.recorded import Run, recorded
+from batchnorm.surgery.inspect.view import Unclear, View
+from batchnorm.surgery.inspect.watched import read_besides_calls
 
 __all__ = ["Search", "Source"]
 
