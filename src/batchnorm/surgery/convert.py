@@ -10,9 +10,8 @@ from torch import nn
 
 from batchnorm.statistics import Policy, Sync, check_policy, over_group, own, part
 from batchnorm.surgery.adopt import SYNCED, adopted_activation, give_back, obstacle, take_over
-from batchnorm.surgery.fusing.rewrite import Absorbed
+from batchnorm.surgery.fused import Absorbed, undo
 from batchnorm.surgery.inspect.find import FROZEN, TORCHS, is_batch_norm, is_frozen
-from batchnorm.surgery.undo import undo
 
 __all__ = ["Converted", "convert", "revert"]
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.surgery.adopt import obstacle, settle
 from batchnorm.surgery.convert import Converted
-from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
+from batchnorm.surgery.fused import Absorbed, Rewritten
 from batchnorm.surgery.inspect.find import is_batch_norm, settle_lazy
 
 __all__ = ["add_domain", "split_domains"]

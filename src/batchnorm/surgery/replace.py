@@ -14,7 +14,7 @@ from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
-from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
+from batchnorm.surgery.fused import Absorbed, Rewritten
 from batchnorm.surgery.inspect.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
 from batchnorm.surgery.inspect.handover import handed_over, share_of
 from batchnorm.surgery.inspect.sources import Search, Source

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.kernels import using
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.proof import Proof
+from batchnorm.surgery.fused import undo
 from batchnorm.surgery.inspect.example import forward, in_mode, own, seeded
 from batchnorm.surgery.inspect.find import settle_lazy, shadow
 from batchnorm.surgery.inspect.handover import Step, leaves_nothing, take
@@ -23,7 +24,6 @@ from batchnorm.surgery.inspect.neighbours import Observed, Traced
 from batchnorm.surgery.inspect.obstacles import Borders, layers_of
 from batchnorm.surgery.inspect.recorded import recorded
 from batchnorm.surgery.norms import Zero
-from batchnorm.surgery.undo import undo
 
 __all__ = ["Folded", "fold"]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.inspect.affine import is_linear_map
 from batchnorm.surgery.inspect.find import is_batch_norm, names_of
 from batchnorm.surgery.inspect.paths import hands_on_module
 from batchnorm.surgery.inspect.recorded import Run
+from batchnorm.surgery.inspect.trace import Graphs
 from batchnorm.surgery.inspect.view import Share, View
 from batchnorm.surgery.inspect.watched import missed, read_besides_calls
 
@@ -78,10 +78,10 @@ class Traced:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._names = model, names_of(model)
         self._gone: set[nn.Module] = set()
-        self._tracing = Tracing(model, None, (False, False))
+        self._tracing = Graphs(model, modes=(False, False))
         parts = [m for m in self._names if is_batch_norm(m) or is_linear_map(m)]
         with read_besides_calls(parts) as asked:
-            graphs = self._tracing.graphs()
+            graphs = self._tracing.all()
         views = [View(module, graph, module is model, self._gone) for module, graph in graphs]
         self._asked = asked
         self._touched = {module for view in views for module in view.touched()}

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from batchnorm.layers import channels_of
-from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.inspect.affine import is_linear_map, outputs_of
 from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of
 from batchnorm.surgery.inspect.neighbours import Neighbours, untouched
 from batchnorm.surgery.inspect.obstacles import Borders
 from batchnorm.surgery.inspect.recorded import Run, recorded
+from batchnorm.surgery.inspect.trace import Graphs
 from batchnorm.surgery.inspect.view import Unclear, View
 from batchnorm.surgery.inspect.watched import read_besides_calls
 
@@ -86,7 +86,7 @@ class Search:
     def _traced(self) -> dict[nn.Module, set[str]]:
         parts = [m for m in self._names if is_batch_norm(m) or is_linear_map(m)]
         with read_besides_calls(parts) as asked:
-            graphs = Tracing(self._model, None).graphs()
+            graphs = Graphs(self._model).all()
         views = [View(module, graph, module is self._model, set(), training=True) for module, graph in graphs]
         self._touched = {module for view in views for module in view.touched()}
         for view in views:
