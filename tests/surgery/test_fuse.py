@@ -113,8 +113,8 @@ def test_what_changed_and_what_did_not() -> None:
     assert result.method["bn1"] == "module replaced"
     assert result.method["layer1.0.bn1"] == "forward rewritten"
     text = str(result)
-    assert text.startswith("8 fused, 1 left\n  bn1: relu (module replaced)\n")
-    assert "  layer1.1.bn2: left, it is the residual of layer1.1.downsample.1" in text
+    assert text.startswith("8 fused, 1 skipped\n  bn1: relu (module replaced)\n")
+    assert "  layer1.1.bn2: skipped, it is the residual of layer1.1.downsample.1" in text
     assert "verified: outputs within" in text
     again = batchnorm.fuse(fused, image())
     assert again.fused == {}

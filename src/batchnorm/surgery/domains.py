@@ -30,7 +30,7 @@ def split_domains(model: nn.Module, domains: Iterable[str | int], *, shared_affi
         shared_affine: one weight and one bias for all domains.
 
     Returns:
-        What was converted, and what was left, with the reason.
+        What was converted, and what was skipped, and why.
 
     Raises:
         ValueError: unusable names; a model that ``fuse`` has changed. Nothing has changed then.

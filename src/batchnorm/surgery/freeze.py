@@ -16,6 +16,7 @@ from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
 from batchnorm.surgery.inspect.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
 from batchnorm.surgery.inspect.restoring import Restoring
+from batchnorm.surgery.report import Report
 from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
@@ -28,23 +29,20 @@ _Self = TypeVar("_Self", bound="_Held")
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(Report):
     """Which layers of a model are frozen.
 
     Attributes:
         frozen: for every frozen layer, by its qualified name, its class and what of it still learns. A layer with
             several names is listed under the first.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
     """
 
     frozen: dict[str, str]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.frozen)} frozen, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.frozen.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return self._text([f"{len(self.frozen)} frozen, {len(self.skipped)} skipped"], self.frozen)
 
 
 @dataclass
@@ -195,7 +193,7 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         affine: fix weight and bias too. Their gradients are dropped, since an optimizer would apply what was left over.
 
     Returns:
-        What is frozen, and what was left, with the reason. Freezing again releases nothing.
+        What is frozen, and what was skipped, and why. Freezing again releases nothing.
 
     Example:
         >>> print(batchnorm.freeze(model.backbone))

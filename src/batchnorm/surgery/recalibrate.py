@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from batchnorm.surgery.measuring.clusters import Clusters
 from batchnorm.surgery.measuring.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
 from batchnorm.surgery.measuring.sites import Site, sites_of, write
 from batchnorm.surgery.measuring.together import Processes
-from batchnorm.surgery.report import for_json, listed
+from batchnorm.surgery.report import Report, listed
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
 
@@ -52,18 +52,24 @@ class LayerChange:
     mean_error: float
     variance_error: float
 
+    def __str__(self) -> str:
+        return (
+            f"mean moved by {self.mean_change.max:.2g} deviations at most, deviation by {self.scale_change.max:.1%}; "
+            f"standard errors {self.mean_error:.2g}, {self.variance_error:.2g}"
+        )
+
 
 @dataclass(frozen=True)
-class Recalibrated:
+class Recalibrated(Report):
     """What ``recalibrate`` has done.
 
     Attributes:
         layers: for every layer that has new statistics, by its qualified name, what changed; a recurrent layer has
             several sets, ``lstm.hh_l0``.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
         batches, samples: that the statistics are of, from all processes.
         allowed: how many batches could have been taken, in every process; None for all.
-        skipped_batches: that were left out, since a layer's moments were not finite.
+        skipped_batches: that were skipped, since a layer's moments were not finite.
         stopped: what came first: the end of the "data", the number of "batches", or the "tolerance".
         metric_before, metric_after: in evaluation, if a metric was given.
     """
@@ -83,26 +89,14 @@ class Recalibrated:
         ended = f"the data ended before the {self.allowed} that were allowed" if short else "the data ended"
         ends = {"data": ended, "batches": "as many as were allowed", "tolerance": "precise enough"}
         lines = [
-            f"{len(self.layers)} recalibrated, {len(self.skipped)} left: "
+            f"{len(self.layers)} recalibrated, {len(self.skipped)} skipped: "
             f"{self.batches} batches, {self.samples} samples ({ends[self.stopped]})"
         ]
         if self.skipped_batches:
-            lines.append(f"  {self.skipped_batches} batches left out: not finite")
+            lines.append(f"  {self.skipped_batches} batches skipped: not finite")
         if self.metric_before is not None and self.metric_after is not None:
             lines.append(f"  metric: {self.metric_before:.6g} before, {self.metric_after:.6g} after")
-        for name, layer in self.layers.items():
-            lines.append(
-                f"  {name or '(the model)'}: mean moved by {layer.mean_change.max:.2g} deviations at most, "
-                f"deviation by {layer.scale_change.max:.1%}; "
-                f"standard errors {layer.mean_error:.2g}, {layer.variance_error:.2g}"
-            )
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give the same for JSON, with None for numbers that are not finite."""
-        found: dict[str, Any] = for_json(asdict(self))
-        return found
+        return self._text(lines, {name: str(layer) for name, layer in self.layers.items()})
 
 
 def recalibrate(
@@ -126,7 +120,7 @@ def recalibrate(
 
     Meanwhile only the layers to be recalibrated are in training: dropout is off, and layers that are frozen, or held
     in evaluation while the model trains, stay as they are. Masks count. Policies of statistics do not hold: every layer
-    normalizes with the whole batch of its process. A batch in which any layer's moments are not finite is left out.
+    normalizes with the whole batch of its process. A batch in which any layer's moments are not finite is skipped.
 
     Args:
         model: any module; its layers may be torch.nn's, ours, their subclasses, or recurrent ones of ours.
@@ -153,7 +147,7 @@ def recalibrate(
 
     Example:
         >>> print(batchnorm.recalibrate(model, loader, batches=100))
-        20 recalibrated, 0 left: 100 batches, 6400 samples (as many as were allowed) …
+        20 recalibrated, 0 skipped: 100 batches, 6400 samples (as many as were allowed) …
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3 (precise BN); for
     "layerwise", the same section's remark that statistics of deeper layers depend on those before.

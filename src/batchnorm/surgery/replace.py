@@ -15,10 +15,11 @@ from batchnorm.statistics import Policy, own
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
 from batchnorm.surgery.fused import Absorbed, Rewritten
+from batchnorm.surgery.inspect.affine import handed_over, share_of
 from batchnorm.surgery.inspect.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
-from batchnorm.surgery.inspect.handover import handed_over, share_of
-from batchnorm.surgery.inspect.sources import Search, Source
+from batchnorm.surgery.inspect.neighbours import Source, Sources
 from batchnorm.surgery.inspect.watched import missed
+from batchnorm.surgery.report import Report
 
 __all__ = ["Replaced", "replace"]
 
@@ -39,14 +40,14 @@ _OWN = (
 
 
 @dataclass(frozen=True)
-class Replaced:
+class Replaced(Report):
     """What was done to a model.
 
     Attributes:
         model: the model that was given, changed in place.
         replaced: the qualified name of every layer that was replaced, and what it has become. A layer with several
             names is listed under the first.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
         new_parameters: the names of the parameters that the model did not have: an optimizer must be told of them.
     """
 
@@ -56,12 +57,8 @@ class Replaced:
     new_parameters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} replaced, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        if self.new_parameters:
-            lines.append(f"new parameters, for the optimizer: {', '.join(self.new_parameters)}")
-        return "\n".join(lines)
+        new = [f"new parameters, for the optimizer: {', '.join(self.new_parameters)}"] if self.new_parameters else []
+        return self._text([f"{len(self.replaced)} replaced, {len(self.skipped)} skipped"], self.replaced, new)
 
 
 def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = None) -> Replaced:
@@ -89,7 +86,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
             arguments; more than one sample.
 
     Returns:
-        What was replaced and by what, and what was left, with the reason: layers that have seen no input, frozen and
+        What was replaced and by what, and what was skipped, and why: layers that have seen no input, frozen and
         fused ones (``unfreeze`` and ``revert`` first), subclasses and other packages'.
 
     Raises:
@@ -115,7 +112,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
                 skipped[name] = reason
     if isinstance(by, Policy):
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
-    search = Search(model, example_inputs) if layers else None
+    search = Sources(model, example_inputs) if layers else None
     for name, layer in list(layers.items()):
         reason = None if search is None else missed(search.asked.get(layer, ()), _KEPT.get(by, ()))
         if reason is not None:
@@ -228,7 +225,7 @@ def _become(layer: Any, made: nn.Module) -> None:
 # --- none ---
 
 
-def _removed(layers: dict[str, Any], search: Search | None) -> tuple[dict[str, str], tuple[str, ...]]:
+def _removed(layers: dict[str, Any], search: Sources | None) -> tuple[dict[str, str], tuple[str, ...]]:
     """Remove layers; what has been done about each, and the names of new biases."""
     found = {} if search is None else {name: search.of(layer) for name, layer in layers.items()}
     done: dict[str, str] = {}

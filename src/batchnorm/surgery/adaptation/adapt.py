@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from batchnorm.surgery.inspect.preserve import preserved
 from batchnorm.surgery.inspect.restoring import Restoring, completely
 from batchnorm.surgery.measuring.passes import evaluation
 from batchnorm.surgery.measuring.sites import Site, sites_of
-from batchnorm.surgery.report import for_json, listed
+from batchnorm.surgery.report import Report, listed
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
@@ -51,13 +51,13 @@ class Shift:
     learned: str = ""
 
 
-class Adapted(Restoring):
+class Adapted(Report, Restoring):
     """What ``adapt`` has done to a model, and the way back; a context manager that takes it at the end.
 
     Attributes:
         method: "moments", "alpha" or "tent".
         layers: the shift of every layer that was adapted, by its qualified name.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
         source_share: the source's part in the running statistics now; 0 where only the target's count.
         batches, samples: of the data.
         skipped_batches: those with moments that were not finite, which count nowhere.
@@ -91,19 +91,11 @@ class Adapted(Restoring):
         _write(self._before)
         self._before = []
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give the same for JSON, with None for numbers that are not finite."""
-        shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        found: dict[str, Any] = for_json(
-            {**shown, "layers": {name: asdict(shift) for name, shift in self.layers.items()}}
-        )
-        return found
-
     def __str__(self) -> str:
-        dropped = f", {self.skipped_batches} batches left out" if self.skipped_batches else ""
+        dropped = f", {self.skipped_batches} batches skipped" if self.skipped_batches else ""
         lines = [
             f"{len(self.layers)} layers adapted by {self.method!r} to {self.samples} samples in {self.batches} "
-            f"{'batch' if self.batches == 1 else 'batches'}{dropped}, {len(self.skipped)} left; "
+            f"{'batch' if self.batches == 1 else 'batches'}{dropped}, {len(self.skipped)} skipped; "
             f"the source's share is {self.source_share:.0%}"
         ]
         width = max((len(name) for name in self.layers), default=0)
@@ -113,8 +105,7 @@ class Adapted(Restoring):
                 f"  {name or '(the model)':{width}}  mean off by {shift.mean:.2f} deviations, deviation by "
                 f"{shift.scale:.0%}{also}"
             )
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
+        return self._text(lines, {}, [f"  warning: {text}" for text in self.warnings])
 
 
 def adapt(

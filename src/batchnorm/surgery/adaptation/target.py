@@ -28,7 +28,7 @@ class Target:
     Attributes:
         moments: of every layer that was reached, over all batches.
         batches, samples: that counted, and that were in them.
-        skipped: batches that were left out, since something in them was not finite.
+        skipped: batches that were skipped, since something in them was not finite.
     """
 
     moments: dict[Site, Moments] = field(default_factory=dict)

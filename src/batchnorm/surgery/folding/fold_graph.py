@@ -17,7 +17,7 @@ from batchnorm.activations import module_of
 from batchnorm.epilogue import as_layers
 from batchnorm.kernels import using
 from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
-from batchnorm.surgery.inspect.affine import along_outputs, bias_behind, line
+from batchnorm.surgery.inspect.affine import along_outputs, bias_behind, scale_and_shift
 
 __all__ = ["fold_graph", "sized"]
 
@@ -41,7 +41,7 @@ def fold_graph(
         only: the names of the layers to fold; all that can be by default.
 
     Returns:
-        The folded graph as a module; what was folded into what; and what was left, with the reason. A layer is named
+        The folded graph as a module; what was folded into what; and what was skipped, and why. A layer is named
         by its path in the model, or by its node where the graph does not say. The module made of a program
         shares the tensors that were not folded with it, as ``program.module()`` does.
 
@@ -127,7 +127,7 @@ class _Folding:
 
     def _fold(self, norm: Norm, source: Source) -> None:
         weight = source.weight.value.detach()
-        scale, shift = line(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, norm.mean.numel())
+        scale, shift = scale_and_shift(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, norm.mean.numel())
         scaled = along_outputs(weight, scale, source.groups, source.transposed)
         bias = bias_behind(None if source.bias is None else source.bias.value, scale, shift)
         self._put(source, source.weight, scaled.to(weight))

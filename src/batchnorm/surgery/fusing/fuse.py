@@ -19,12 +19,13 @@ from batchnorm.surgery.inspect.example import calls_of
 from batchnorm.surgery.inspect.find import TORCHS, hooked_between
 from batchnorm.surgery.inspect.tensors import copied
 from batchnorm.surgery.inspect.verify import Errors, check
+from batchnorm.surgery.report import Report
 
 __all__ = ["Fused", "fuse"]
 
 
 @dataclass(frozen=True)
-class Fused:
+class Fused(Report):
     """A fused model, and what was done to it.
 
     Attributes:
@@ -50,16 +51,11 @@ class Fused:
     max_gradient_error: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} fused, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what} ({self.method[name]})" for name, what in self.fused.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        if self.max_error is None:
-            lines.append("not verified: give example_inputs")
-        else:
-            lines.append(
-                f"verified: outputs within {self.max_error:.1e}, gradients within {self.max_gradient_error:.1e}"
-            )
-        return "\n".join(lines)
+        done = {name: f"{what} ({self.method[name]})" for name, what in self.fused.items()}
+        verified = "not verified: give example_inputs"
+        if self.max_error is not None:
+            verified = f"verified: outputs within {self.max_error:.1e}, gradients within {self.max_gradient_error:.1e}"
+        return self._text([f"{len(self.fused)} fused, {len(self.skipped)} skipped"], done, [verified])
 
 
 def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
@@ -84,7 +80,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
             buffers and gradients of both models are compared in training and evaluation.
 
     Returns:
-        The copy, and what was fused and what was left, with the reasons.
+        The copy, and what was fused and what was skipped, and why.
 
     Raises:
         TypeError: if the model was scripted.
@@ -119,7 +115,7 @@ def _adopted(model: nn.Module, tracing: Tracing) -> None:
 
 
 def _scripted(model: nn.Module) -> dict[str, str]:
-    """The layers that TorchScript has compiled, and why they are left."""
+    """The layers that TorchScript has compiled, and why they are skipped."""
     return {
         name: "it was scripted: fuse before torch.jit.script"
         for name, module in model.named_modules()

@@ -1,8 +1,8 @@
-"""What only hands a tensor on, or moves its values, and where each channel goes on the way."""
+"""What a graph's nodes do with values: hand them on, move them, add them; and where each channel goes on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from batchnorm.surgery.inspect.find import hooks_of
 
 __all__ = [
     "asks", "channel_axis", "channels_between", "data_of", "flattens", "hands_on_module", "is_identity", "is_movement",
-    "joins_channels", "name_of", "replayed", "tagged",
+    "joins_channels", "name_of", "replayed", "summands", "tagged",
 ]  # fmt: skip
 
 # What hands on in evaluation what it is given.
@@ -30,6 +30,8 @@ _MOVED = frozenset(
      "movedim", "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "narrow", "getitem",
      "__getitem__", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 )  # fmt: skip
+_SUMS = frozenset(("add", "add_", "iadd", "__add__", "__radd__", "__iadd__"))
+_IN_PLACE = frozenset(("add_", "iadd", "__iadd__"))
 # What asks a tensor for its form alone.
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 _METHODS = ("size", "dim")
@@ -159,3 +161,69 @@ def channels_between(end: Tensor, axis: int, tags: int) -> tuple[Tensor, Tensor]
     first = torch.full((tags,), len(rows)).scatter_reduce(0, rows.reshape(-1), places, "amin")
     last = torch.full((tags,), -1).scatter_reduce(0, rows.reshape(-1), places, "amax")
     return of_channel, torch.where(last < 0, -1, torch.where(first == last, first, -2))
+
+
+# --- sums ---
+
+_Readers = Callable[[fx.Node], list[fx.Node]]
+
+
+def summands(call: fx.Node, readers: _Readers, hands_on: Callable[[fx.Node], bool]) -> list[fx.Node] | str:
+    """Find what is added to a node's value and to nothing else.
+
+    Args:
+        call: whose value it is.
+        readers: which nodes compute with a node's value, whatever hands it on.
+        hands_on: which nodes hand on what they are given.
+
+    Returns:
+        The other values whose sum with this one is all that reads them; or why there is no such sum.
+    """
+    total = _sum_of(call, readers)
+    if total is None:
+        return "it is not added to anything"
+    while (outer := _sum_of(total, readers)) is not None:
+        total = outer
+    found = list(_addends(total, readers, hands_on))
+    if call not in found:
+        return "its values are moved before they are added"
+    if _overwrites(call, total, hands_on):
+        return "the sum overwrites its output"
+    return [node for node in found if node is not call]
+
+
+def _sum_of(node: fx.Node, readers: _Readers) -> fx.Node | None:
+    """The addition that is all that reads a node's value."""
+    found = readers(node)
+    return found[0] if len(found) == 1 and _adds(found[0]) else None
+
+
+def _adds(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method") or name_of(node) not in _SUMS or node.kwargs:
+        return False
+    return len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and node.args[0] is not node.args[1]
+
+
+def _addends(total: fx.Node, readers: _Readers, hands_on: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    for given in total.all_input_nodes:
+        node = _handed(given, hands_on)
+        if len(readers(node)) != 1:
+            continue
+        if _adds(node):
+            yield from _addends(node, readers, hands_on)
+        else:
+            yield node
+
+
+def _overwrites(call: fx.Node, total: fx.Node, hands_on: Callable[[fx.Node], bool]) -> bool:
+    """Whether an addition in place writes into the node's value, where a single 0 would not hold the sum."""
+    parts = [(given, _handed(given, hands_on)) for given in total.all_input_nodes]
+    if name_of(total) in _IN_PLACE and any(given is total.args[0] and node is call for given, node in parts):
+        return True
+    return any(_adds(node) and _overwrites(call, node, hands_on) for _, node in parts)
+
+
+def _handed(node: fx.Node, hands_on: Callable[[fx.Node], bool]) -> fx.Node:
+    while hands_on(node):
+        node = data_of(node)[0]
+    return node

@@ -37,14 +37,14 @@ class Run(NamedTuple):
         graph: a call of a convolution, a linear layer or a batch normalization layer is a node "call_module", whatever
             else was done to their results or to the inputs is a "call_function"; `meta` has their "shape" and "dtype".
         outputs: what the model returned.
-        touched: the modules with parameters that something else computed with than the module itself.
+        parameters_read: the modules with parameters that something else computed with than the module itself.
         asked: which attributes of layers were read from outside.
         called_with: arguments of the first call of what is a convolution or a linear layer with a forward of its own.
     """
 
     graph: fx.Graph
     outputs: Any
-    touched: set[nn.Module]
+    parameters_read: set[nn.Module]
     asked: dict[nn.Module, set[str]]
     called_with: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -69,7 +69,7 @@ def recorded(model: nn.Module, inputs: Any, training: bool = False) -> Run:
     return Run(
         recorder.graph,
         outputs,
-        {original[part] for part in recorder.touched()},
+        {original[part] for part in recorder.parameters_read()},
         {original[part]: names for part, names in asked.items()},
         {original[part]: given for part, given in recorder.called_with.items()},
     )
@@ -87,7 +87,7 @@ class _Recorder(TorchFunctionMode):
         for part in self.parts:
             for p in part.parameters(recurse=False):
                 self._owners.setdefault(id(p), []).append(part)
-        self._touched: set[int] = set()
+        self._read_ids: set[int] = set()
         self._nodes: Any = WeakTensorKeyDictionary()
         self._within: list[fx.Node | None] = []  # the parts that are running
 
@@ -114,9 +114,9 @@ class _Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def touched(self) -> set[nn.Module]:
+    def parameters_read(self) -> set[nn.Module]:
         """The parts with parameters that something else computed with."""
-        return {part for parameter in self._touched for part in self._owners[parameter]}
+        return {part for parameter in self._read_ids for part in self._owners[parameter]}
 
     def begin(self, inputs: Any) -> None:
         """Note the model's inputs."""
@@ -145,7 +145,7 @@ class _Recorder(TorchFunctionMode):
         if name in _ASKS or (name == "__get__" and func not in _VALUES):
             return None
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self._touched.update(id(t) for t in tensors if id(t) in self._owners)
+        self._read_ids.update(id(t) for t in tensors if id(t) in self._owners)
         return self._mapped((args, kwargs)) if any(t in self._nodes for t in tensors) else None
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.surgery.inspect import paths
-from batchnorm.surgery.inspect.affine import is_linear_map, outputs_of
+from batchnorm.surgery.inspect.affine import has_middle, is_linear_map, outputs_of
 from batchnorm.surgery.inspect.ranks import rank_of, rank_taken
-from batchnorm.surgery.inspect.sums import has_middle, summands
 
-__all__ = ["Share", "Unclear", "View"]
+__all__ = ["Around", "Share", "Unclear", "View"]
 
 _TELLS = "example_inputs would tell"
 
@@ -31,6 +31,29 @@ class Share(NamedTuple):
     channels: Tensor | None = None
 
 
+@dataclass
+class Around:
+    """What is next to a layer.
+
+    Attributes:
+        before: the convolutions or linear layers that feed the layer and nothing else, with their shares of its
+            channels; or why there are none.
+        after: the one that reads the layer's output, which nothing else reads, and nothing else; or why there is none.
+        beside: the convolution that reads what the layer reads, and whose output is added to the layer's; or why there
+            is none.
+        guessed: whether these are only next to it in a ``Sequential``, which is taken to be called as a whole.
+        everywhere: whether all calls in the model were seen, so that shared modules are no danger.
+        given: what else the layer is called with: a residual, a mask.
+    """
+
+    before: tuple[Share, ...] | str
+    after: tuple[Share, ...] | str
+    beside: tuple[Share, ...] | str
+    guessed: bool = False
+    everywhere: bool = False
+    given: set[str] = field(default_factory=set)
+
+
 class Unclear(str):
     """A reason that example inputs would settle."""
 
@@ -41,6 +64,7 @@ class View:
     """A graph, seen from the layers that it calls.
 
     Attributes:
+        module: whose graph it is.
         run: whether the graph was recorded in a run.
         calls: the nodes that call each module.
         gone: layers that hand on what they are given.
@@ -69,7 +93,7 @@ class View:
         self.calls: dict[nn.Module, list[fx.Node]] = {}
         self.gone = gone
         self.run = run
-        self._module, self._graph, self._training = module, graph, training
+        self.module, self._graph, self._training = module, graph, training
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(self._called(node), []).append(node)
@@ -113,7 +137,7 @@ class View:
         if len(self.calls[layer]) > 1:
             return "it is called several times"
         call = self.calls[layer][0]
-        found = summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._hands_on)
+        found = paths.summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._hands_on)
         if isinstance(found, str):
             return found
         for node in found:
@@ -136,14 +160,14 @@ class View:
         }
         return (named & {"residual", "mask"}) | placed
 
-    def touched(self) -> set[nn.Module]:
+    def parameters_read(self) -> set[nn.Module]:
         """The modules with parameters that a traced graph computes with, besides calling them."""
         reads = [node for node in self._graph.nodes if node.op == "get_attr"]
         used = [node for node in reads if any(not paths.asks(user, node) for user in node.users)]
-        parameters = {id(_attribute(self._module, str(node.target))) for node in used}
+        parameters = {id(_attribute(self.module, str(node.target))) for node in used}
         if not parameters:
             return set()
-        return {m for m in self._module.modules() if any(id(p) in parameters for p in m.parameters(recurse=False))}
+        return {m for m in self.module.modules() if any(id(p) in parameters for p in m.parameters(recurse=False))}
 
     # --- who reads whom ---
 
@@ -280,7 +304,7 @@ class View:
     def _believed(self, layer: nn.Module, call: fx.Node, modules: Sequence[Any]) -> tuple[Share, ...] | str:
         """What a graph without sizes tells: convolutions are taken to have a batch, linear layers need (N, C)."""
         given = _input(call)
-        rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self._module, given)
+        rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self.module, given)
         ranks = {rank, rank_taken(layer)} - {None}
         for module in modules:
             if not ranks and isinstance(module, nn.Linear):
@@ -321,7 +345,7 @@ class View:
         return called if called is not None and is_linear_map(called) else None
 
     def _called(self, node: fx.Node) -> nn.Module:
-        return self._module.get_submodule(str(node.target))
+        return self.module.get_submodule(str(node.target))
 
     def _name(self, module: nn.Module) -> str:
         return str(self.calls[module][0].target)

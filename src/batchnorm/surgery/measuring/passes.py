@@ -59,7 +59,7 @@ class Seen:
 
     Attributes:
         clusters: of every site.
-        batches, samples, dropped: that counted, that were in them, that were left out for not being finite.
+        batches, samples, dropped: that counted, that were in them, that were skipped for not being finite.
         stopped: what ended it.
         unfit: for sites that cannot be measured, the reason.
         culprit: the first layer with moments that were not finite.

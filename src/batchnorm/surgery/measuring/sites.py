@@ -54,7 +54,7 @@ def sites_of(
         task: what an error says that there is nothing to do.
 
     Returns:
-        The sites, and the name of every other batch normalization layer with the reason why it is left.
+        The sites, and the name of every other batch normalization layer with the reason why it is skipped.
 
     Raises:
         ValueError: a name that no batch normalization layer has or lies under; a model without any that has running
