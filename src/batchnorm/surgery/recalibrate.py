@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.inspect.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.inspect.preserve import Values, preserved
+from batchnorm.surgery.inspect.batches import Forward, force_eager, unwrapped
+from batchnorm.surgery.inspect.preserve import Values
 from batchnorm.surgery.inspect.restoring import completely
 from batchnorm.surgery.measuring.clusters import Clusters
-from batchnorm.surgery.measuring.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
+from batchnorm.surgery.measuring.passes import (
+    Options,
+    PassResult,
+    Stopped,
+    batch_by_batch,
+    in_evaluation,
+    layer_by_layer,
+)
+from batchnorm.surgery.measuring.process_group import ProcessGroup
 from batchnorm.surgery.measuring.sites import Site, sites_of, write
-from batchnorm.surgery.measuring.together import Processes
 from batchnorm.surgery.report import Report, listed
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
@@ -153,26 +160,23 @@ def recalibrate(
     "layerwise", the same section's remark that statistics of deeper layers depend on those before.
     """
     _check(data, batches, tolerance, method)
-    how = How(forward, batches, tolerance, progress)
+    options = Options(forward, batches, tolerance, progress)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with Processes(process_group, device) as processes:
+    with ProcessGroup(process_group, device) as group:
         sites, skipped = sites_of(model, layers)
-        with preserved(model), torch.no_grad(), as_written():
-            before = None if metric is None else _in_evaluation(model, metric)
-            seen = _METHODS[method](unwrapped(model), data, sites, how, processes)
+        old = Values(t for site in sites for t in (site.mean, site.var, site.batches) if t is not None)
+        with old, force_eager():
+            before = None if metric is None else _measured(model, metric)
+            seen = _METHODS[method](unwrapped(model), data, sites, options, group)
             renewed = _renewed(seen, skipped)
-            for site, clusters in renewed.items():
-                write(site, clusters)
-            after = None if metric is None else _in_evaluation(model, metric)
+            after = None if metric is None else _measured(model, metric, renewed)
         changes = {site.name: _change(site, clusters) for site, clusters in renewed.items()}
         report = Recalibrated(
             changes, skipped, seen.batches, seen.samples, seen.dropped, batches, seen.stopped, before, after
         )
-        processes.all_done(True)  # or else one has failed
-    old = Values(t for site in renewed for t in (site.mean, site.var, site.batches) if t is not None)
+        group.barrier()
     try:
-        for site, clusters in renewed.items():
-            write(site, clusters)
+        _write(renewed)
         return report
     except BaseException:
         completely(old.restore)
@@ -190,7 +194,7 @@ def _check(data: Any, batches: int | None, tolerance: float | None, method: str)
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
 
 
-def _renewed(seen: Seen, skipped: dict[str, str]) -> dict[Site, Clusters]:
+def _renewed(seen: PassResult, skipped: dict[str, str]) -> dict[Site, Clusters]:
     """Give what has been seen of which sites; the others join those that are skipped."""
     if seen.batches + seen.dropped == 0:
         raise ValueError("the data is empty: no batch came (a generator gives its batches only once)")
@@ -236,7 +240,15 @@ def _over_channels(change: Tensor) -> Change:
     return Change(float(change.max()), float(change.square().mean().sqrt()))
 
 
-def _in_evaluation(model: nn.Module, metric: Callable[[nn.Module], float]) -> float:
-    with preserved(model):
-        evaluation(model)
+def _write(renewed: Mapping[Site, Clusters]) -> None:
+    for site, clusters in renewed.items():
+        write(site, clusters)
+
+
+def _measured(
+    model: nn.Module, metric: Callable[[nn.Module], float], renewed: Mapping[Site, Clusters] | None = None
+) -> float:
+    """What a metric says of the model, perhaps with new statistics."""
+    with in_evaluation(model):
+        _write(renewed or {})
         return float(metric(model))

@@ -14,11 +14,11 @@ from batchnorm.moments import Moments
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.surgery.adaptation import tent
 from batchnorm.surgery.adaptation.predictions import Predictions
-from batchnorm.surgery.adaptation.target import Share, Target, measure, mixed
-from batchnorm.surgery.inspect.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.adaptation.target import Share, measure, mixed
+from batchnorm.surgery.inspect.batches import Forward, force_eager, unwrapped
+from batchnorm.surgery.inspect.preserve import Values
 from batchnorm.surgery.inspect.restoring import Restoring, completely
-from batchnorm.surgery.measuring.passes import evaluation
+from batchnorm.surgery.measuring.passes import PassResult
 from batchnorm.surgery.measuring.sites import Site, sites_of
 from batchnorm.surgery.report import Report, listed
 
@@ -67,12 +67,12 @@ class Adapted(Report, Restoring):
     """
 
     def __init__(
-        self, method: Method, layers: dict[str, Shift], skipped: dict[str, str], source: float, seen: Target,
+        self, method: Method, layers: dict[str, Shift], skipped: dict[str, str], source: float, seen: PassResult,
         predictions: Predictions, warned: list[str], before: _Values,
     ) -> None:  # fmt: skip
         known = predictions.samples > 0
         self.method, self.layers, self.skipped, self.source_share = method, layers, skipped, source
-        self.batches, self.samples, self.skipped_batches = seen.batches, seen.samples, seen.skipped
+        self.batches, self.samples, self.skipped_batches = seen.batches, seen.samples, seen.dropped
         self.spread = predictions.spread if known else None
         self.entropy = (predictions.before, predictions.after) if known else None
         self.warnings = tuple(warned)
@@ -187,8 +187,7 @@ def adapt(
     learning = _learning(model, sites, skipped) if method == "tent" else {}
     parameters = [p for layer in learning.values() for p in tent.affine_of(layer).values()]
     predictions = Predictions()
-    with preserved(model, parameters), as_written():
-        evaluation(model)
+    with Values(parameters), force_eager():
         inner = unwrapped(model)
         seen = final = measure(inner, batches, sites, share, forward, predictions)
         if method == "tent":
@@ -199,13 +198,15 @@ def adapt(
     layers: dict[str, Shift] = {}
     after: _Values = []
     for site in sites:
-        moments = final.moments.get(site)
-        if moments is None or not bool((moments.count > 1).any()):
-            skipped[site.name] = "the data gave it " + ("no values" if moments is None else "one value a channel")
+        moments = final.clusters[site].total
+        if not bool((moments.count > 1).any()):
+            none = not bool((moments.count > 0).any())
+            skipped[site.name] = "the data gave it " + ("no values" if none else "one value a channel")
             continue
+        first = seen.clusters[site].total
         mean, var = mixed(site, moments, source)
         after += [(site.layer, "running_mean", mean), (site.layer, "running_var", var)]
-        layers[site.name] = _shift(site, seen.moments.get(site, moments))
+        layers[site.name] = _shift(site, first if bool((first.count > 0).any()) else moments)
     if not layers:
         raise ValueError(f"no batch normalization layer was given more than one value a channel:{listed(skipped)}")
     measured = {site.layer for site in sites}
@@ -291,7 +292,7 @@ def _shift(site: Site, target: Moments) -> Shift:
     return Shift(float(target.count.max()), float(off.nan_to_num(math.inf)), float(scale.nan_to_num(math.inf)))
 
 
-def _warnings(seen: Target, source: float, predictions: Predictions) -> list[str]:
+def _warnings(seen: PassResult, source: float, predictions: Predictions) -> list[str]:
     texts = []
     behind = math.inf if source == 1 else seen.samples / (1 - source)
     if 0 < behind < _FEW:
