@@ -9,12 +9,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.inspect.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
+from batchnorm.surgery.inspect.find import (
+    NO_STATISTICS,
+    TORCHS,
+    UNINITIALIZED,
+    is_batch_norm,
+    is_frozen,
+    is_known,
+    is_uninitialized,
+    settle_lazy,
+)
 from batchnorm.surgery.inspect.restoring import Restoring
 from batchnorm.surgery.report import Report
 from batchnorm.takeover import Guarded
@@ -220,10 +228,10 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
 def _obstacle(layer: Any) -> str | None:
     if is_frozen(layer):
         return None
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
-        return "it has seen no input, and has no statistics yet: run the model once"
+    if is_uninitialized(layer):
+        return UNINITIALIZED
     if getattr(layer, "running_mean", None) is None or getattr(layer, "running_var", None) is None:
-        return "it has no running statistics: it normalizes with the batch's in evaluation, too"
+        return NO_STATISTICS
     if torch.nn.utils.parametrize.is_parametrized(layer):
         return "it is parametrized, which would change its class: remove the parametrizations"
     return None
@@ -309,7 +317,7 @@ class frozen_statistics(Restoring):  # noqa: N801 - it is used like a function
         """Take down which layers move their statistics."""
         layers: dict[str, Any] = {name: m for name, m in self._model.named_modules() if is_batch_norm(m)}
         for name, layer in layers.items():
-            if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+            if is_uninitialized(layer):
                 raise ValueError(
                     f"{name or 'the model'} ({type(layer).__name__}) has seen no input, which would make its "
                     "statistics: run the model once before"

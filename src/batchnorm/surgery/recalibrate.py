@@ -159,7 +159,7 @@ def recalibrate(
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3 (precise BN); for
     "layerwise", the same section's remark that statistics of deeper layers depend on those before.
     """
-    _check(data, batches, tolerance, method)
+    _check_arguments(data, batches, tolerance, method)
     options = Options(forward, batches, tolerance, progress)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with ProcessGroup(process_group, device) as group:
@@ -183,7 +183,7 @@ def recalibrate(
         raise
 
 
-def _check(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:
+def _check_arguments(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(f"data must be an iterable of batches, such as a DataLoader or [x], got {type(data).__name__}")
     if batches is not None and batches < 1:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, own
@@ -16,7 +15,16 @@ from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
 from batchnorm.surgery.fused import Absorbed, Rewritten
 from batchnorm.surgery.inspect.affine import handed_over, share_of
-from batchnorm.surgery.inspect.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
+from batchnorm.surgery.inspect.find import (
+    NO_FORWARD,
+    OURS,
+    TORCHS,
+    is_batch_norm,
+    is_frozen,
+    is_known,
+    is_uninitialized,
+    settle_lazy,
+)
 from batchnorm.surgery.inspect.neighbours import Source, Sources
 from batchnorm.surgery.inspect.watched import missed
 from batchnorm.surgery.report import Report
@@ -27,13 +35,13 @@ _WAYS = ("group", "layer", "instance", "rms")
 _USUAL_GROUPS = 32
 _FEWEST = 4  # values to normalize with each other: of two, nothing but their order would be left
 # Which attributes of a layer there still are afterwards, with the same meaning.
-_KEPT: dict[str | None, tuple[str, ...]] = {
+_REMAINING: dict[str | None, tuple[str, ...]] = {
     "group": ("weight", "bias", "eps"),
     "layer": ("weight", "bias", "eps"),
     "rms": ("weight", "eps"),
 }
-_KEPT["instance"] = ("num_features", *_KEPT["group"])
-_OWN = (
+_REMAINING["instance"] = ("num_features", *_REMAINING["group"])
+_DROPPED = (
     "num_features", "eps", "momentum", "affine", "track_running_stats",
     "process_group", "inplace",
 )  # fmt: skip
@@ -114,7 +122,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
     search = Sources(model, example_inputs) if layers else None
     for name, layer in list(layers.items()):
-        reason = None if search is None else missed(search.asked.get(layer, ()), _KEPT.get(by, ()))
+        reason = None if search is None else missed(search.asked.get(layer, ()), _REMAINING.get(by, ()))
         if reason is not None:
             skipped[name] = reason
             del layers[name]
@@ -142,10 +150,10 @@ def _obstacle(layer: Any, by: str | Policy | None, fused: bool) -> str | None:
     if reason is not None:
         return reason
     if "forward" in vars(layer):
-        return "its forward has been replaced"
+        return NO_FORWARD
     if fused:
         return "it is fused: call batchnorm.revert(model) before"
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+    if is_uninitialized(layer):
         return "it has seen no input, and does not know its channels: run the model once"
     channels = channels_of(layer)
     few = channels < _FEWEST
@@ -208,7 +216,7 @@ def _become(layer: Any, made: nn.Module) -> None:
     if type(layer) in TORCHS:
         layer.statistics = None  # and with it what the layer remembers for it
         vars(layer).pop("_statistics", None)
-    for name in _OWN:
+    for name in _DROPPED:
         vars(layer).pop(name, None)
     if not hasattr(made, "activation"):
         vars(layer).pop("activation", None)

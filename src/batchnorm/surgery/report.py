@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Report", "listed"]
+__all__ = ["Report", "listed", "summary"]
 
 
 class Report:
@@ -31,6 +31,11 @@ class Report:
 def listed(skipped: dict[str, str]) -> str:
     """Give layers and reasons, each in a line of its own behind a message."""
     return "".join(f"\n{line}" for line in _lines(skipped))
+
+
+def summary(error: BaseException) -> str:
+    """Give an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _lines(texts: Mapping[str, str]) -> list[str]:

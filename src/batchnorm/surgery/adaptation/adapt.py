@@ -180,7 +180,7 @@ def adapt(
     tent: Wang et al. 2021, arXiv 2006.10726.
     """
     given = {"prior": prior, "alpha": alpha, "steps": steps, "lr": lr}
-    _check(method, {name: value for name, value in given.items() if value is not None})
+    _check_options(method, {name: value for name, value in given.items() if value is not None})
     share = _share(method, prior or 0.0, 0.5 if alpha is None else alpha)
     batches = _batches(data, method)
     sites, skipped = _sites(model)
@@ -230,7 +230,7 @@ def adapt(
         raise
 
 
-def _check(method: str, given: dict[str, float]) -> None:
+def _check_options(method: str, given: dict[str, float]) -> None:
     if method not in _OPTIONS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _OPTIONS))}, got {method!r}")
     for name, value in given.items():

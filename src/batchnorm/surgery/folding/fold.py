@@ -18,13 +18,14 @@ from batchnorm.surgery.folding.fold_graph import fold_graph, sized
 from batchnorm.surgery.folding.proof import Proof
 from batchnorm.surgery.folding.steps import Step, apply, leaves_nothing
 from batchnorm.surgery.fused import undo
-from batchnorm.surgery.inspect.example import forward, in_mode, own, seeded
-from batchnorm.surgery.inspect.find import settle_lazy, shadow
+from batchnorm.surgery.inspect.example import copied_inputs, forward, in_mode, seeded
+from batchnorm.surgery.inspect.find import settle_lazy
 from batchnorm.surgery.inspect.neighbours import Neighbours
 from batchnorm.surgery.inspect.obstacles import Obstacles, layers_of
 from batchnorm.surgery.inspect.recorded import recorded
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
 from batchnorm.surgery.norms import Zero
-from batchnorm.surgery.report import Report
+from batchnorm.surgery.report import Report, summary
 
 __all__ = ["Folded", "fold"]
 
@@ -96,7 +97,7 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
     """
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         return _fold_graph(model, example_inputs)
-    _check(model)
+    _check_model(model)
     made = _undone(copy.deepcopy(model))
     if example_inputs is None:
         steps, skipped = _search(made, _traced(made), Obstacles(made))
@@ -126,11 +127,11 @@ def _traced(model: nn.Module) -> Neighbours:
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:
     with seeded(model), torch.no_grad(), using("aten"):
-        return forward(copy.deepcopy(model), own(inputs))
+        return forward(copy.deepcopy(model), copied_inputs(inputs))
 
 
 def _taken(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    made, _ = shadow(model)  # steps put new parameters into modules, and write into none
+    made, _ = copy_sharing_parameters(model)  # steps put new parameters into modules, and write into none
     apply(made, steps)
     return made
 
@@ -172,7 +173,7 @@ def _undone(copied: nn.Module) -> nn.Module:
     return in_mode(copied, False)
 
 
-def _check(model: Any) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"fold needs a torch.nn.Module or a torch.export.ExportedProgram, but got {type(model).__name__}"
@@ -202,7 +203,7 @@ def _search(model: nn.Module, seen: Neighbours, obstacles: Obstacles) -> tuple[l
             try:
                 found = _step(name, layer, seen, obstacles)
             except Exception as error:  # of one layer; the others are none the worse
-                found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                found = summary(error)
             if isinstance(found, Step):
                 new.append(found)
             else:
@@ -212,7 +213,7 @@ def _search(model: nn.Module, seen: Neighbours, obstacles: Obstacles) -> tuple[l
         steps += new
         gone = [layers.pop(step.layer) for step in new]
         skipped = {name: reason for name, reason in skipped.items() if name not in {step.layer for step in new}}
-        seen.hand_on([layer for layer, step in zip(gone, new, strict=True) if leaves_nothing(layer, step)])
+        seen.mark_identities([layer for layer, step in zip(gone, new, strict=True) if leaves_nothing(layer, step)])
 
 
 def _step(name: str, layer: nn.Module, seen: Neighbours, obstacles: Obstacles) -> Step | str:
@@ -222,7 +223,7 @@ def _step(name: str, layer: nn.Module, seen: Neighbours, obstacles: Obstacles) -
     if None in reasons:
         before = reasons[0] is None
         modules = _named(around.before if before else around.after, obstacles)
-        return Step(name, modules, before, "residual" in around.given, around.guessed)
+        return Step(name, modules, before, "residual" in around.extras, around.guessed)
     if obstacles.beside(layer, around) is None:
         return Step(name, _named(around.beside, obstacles), before=False, beside=True)
     return "; ".join(dict.fromkeys(str(reason) for reason in reasons))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.inspect.find import shadow
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
 from batchnorm.surgery.inspect.verify import comparable, evaluated, largest_difference
+from batchnorm.surgery.report import summary
 
 __all__ = ["Proof"]
 
@@ -52,7 +53,7 @@ class Proof(Generic[Step]):
         try:
             wide = copy.deepcopy(model).double()
             self._wide_inputs = tree_map(_doubled, inputs)
-            self._wide_right = evaluated(shadow(wide)[0], self._wide_inputs, copy=False)
+            self._wide_right = evaluated(copy_sharing_parameters(wide)[0], self._wide_inputs, copy=False)
         except Exception:  # a dtype is written into the model, in whatever way
             return
         self._wide, self._limit = wide, 1e-9
@@ -92,7 +93,7 @@ class Proof(Generic[Step]):
         try:
             error = self._difference(steps)
         except Exception as failure:
-            return f"without it a forward fails ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0]})"
+            return f"without it a forward fails ({summary(failure)})"
         if error <= self._limit:
             return None
         return (

@@ -18,7 +18,7 @@ from batchnorm.surgery.fusing.traced import Tracing
 from batchnorm.surgery.inspect.example import calls_of
 from batchnorm.surgery.inspect.find import TORCHS, hooked_between
 from batchnorm.surgery.inspect.tensors import copied
-from batchnorm.surgery.inspect.verify import Errors, check
+from batchnorm.surgery.inspect.verify import Errors, verify
 from batchnorm.surgery.report import Report
 
 __all__ = ["Fused", "fuse"]
@@ -102,7 +102,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
     tracing.run()
     _observe(made, example_inputs, tracing)
     _adopted(made, tracing)
-    errors = None if example_inputs is None else check(model, made, example_inputs)
+    errors = None if example_inputs is None else verify(model, made, example_inputs)
     return _result(made, tracing, left, errors)
 
 

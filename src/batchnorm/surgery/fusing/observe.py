@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.activations import Activation, activation_of
 from batchnorm.kernels import using
-from batchnorm.surgery.fusing.ahead import only_asks
+from batchnorm.surgery.fusing.ahead import is_transparent
 from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, step
 from batchnorm.surgery.fusing.patterns import has_zero_channels
 from batchnorm.surgery.inspect.elementwise import activation_in
 from batchnorm.surgery.inspect.example import forward, in_mode, seeded
-from batchnorm.surgery.inspect.find import hooks_of, names_of, shadow
-from batchnorm.surgery.inspect.tensors import tensors_in
+from batchnorm.surgery.inspect.find import hooks_of, names_of
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters, tensors_in
 
-__all__ = ["Witness", "observed", "witnessed"]
+__all__ = ["observed"]
 
 Found = tuple[nn.Module | None, Activation]
 
@@ -61,21 +61,16 @@ class _Value:
             self.readers.append(reader)
 
 
-class Witness(TorchFunctionMode):
+class _Witness(TorchFunctionMode):
     """Watches who reads the outputs of layers.
 
     Attributes:
         readers: for every layer, what read each of its outputs: activation modules, or anything else's name.
         fed: for every activation module, the layers whose outputs it read; None stands for anything else.
-        touched: the ids of those of the ``parameters`` that something else than an activation module read.
     """
 
-    def __init__(
-        self, layers: Iterable[nn.Module], activations: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = ()
-    ) -> None:
+    def __init__(self, layers: Iterable[nn.Module], activations: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.touched: set[int] = set()
-        self._parameters = {id(p) for p in parameters}
         self.readers: dict[nn.Module, list[list[nn.Module | str]]] = {layer: [] for layer in layers}
         self.fed: dict[nn.Module, set[nn.Module | None]] = {activation: set() for activation in activations}
         self._values: dict[int, _Value] = {}
@@ -114,10 +109,8 @@ class Witness(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._within and not only_asks(func, args, result):
-            read = tree_leaves((args, kwargs))
-            self.touched |= self._parameters & {*map(id, read)}
-            values = [self._values[id(t)] for t in read if id(t) in self._values]
+        if not self._within and not is_transparent(func, args, result):
+            values = [self._values[id(t)] for t in tree_leaves((args, kwargs)) if id(t) in self._values]
             if values and not self._followed(values, func, args, kwargs, result):
                 for value in values:
                     value.read(getattr(func, "__name__", str(func)))
@@ -185,7 +178,7 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
 
 
 def _found(
-    witness: Witness,
+    witness: _Witness,
     layer: nn.Module,
     original: dict[nn.Module, nn.Module],
     known: dict[nn.Module, Activation],
@@ -216,35 +209,16 @@ def _activation(reader: nn.Module | str) -> Activation | None:
 
 def _seen(
     model: nn.Module, inputs: Any, layers: Iterable[nn.Module], readers: Iterable[nn.Module]
-) -> tuple[Witness, dict[nn.Module, nn.Module]]:
+) -> tuple[_Witness, dict[nn.Module, nn.Module]]:
     """Watch a copy of the model run; the original of each of its modules."""
-    twin, original = shadow(model)
+    twin, original = copy_sharing_parameters(model)
     twins = {module: part for part, module in original.items()}
-    witness = Witness([twins[layer] for layer in layers], [twins[reader] for reader in readers])
+    witness = _Witness([twins[layer] for layer in layers], [twins[reader] for reader in readers])
     witness.attach()
     for training in (True, False):
         with seeded(twin), using("aten"), witness:
             witness.returned(forward(in_mode(twin, training), inputs))
     return witness, original
-
-
-def witnessed(
-    model: nn.Module, inputs: Any, layers: Iterable[nn.Module], readers: Iterable[nn.Module]
-) -> dict[nn.Module, nn.Module | str]:
-    """Run a copy of the model in training and in evaluation, and find which reader each layer feeds, or a reason.
-
-    Args:
-        model: it is left as it was.
-        inputs: as for ``forward``.
-        layers: to be observed.
-        readers: modules that may be all that reads a layer's output.
-
-    Returns:
-        For each layer, the reader that is all that ever reads it and reads nothing else.
-    """
-    witness, original = _seen(model, inputs, layers, readers)
-    verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
-    return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
 
 
 def _told(reader: nn.Module | str) -> str:

@@ -17,7 +17,7 @@ from batchnorm.surgery.inspect.trace import Graphs, UntraceableError, paths_of, 
 
 __all__ = ["Tracing"]
 
-Found = dict[nn.Module, list[Chain]]
+Chains = dict[nn.Module, list[Chain]]
 
 
 class Tracing:
@@ -107,13 +107,13 @@ class Tracing:
         if found:
             self._rewrite(module, found)
 
-    def _chains(self, module: nn.Module, graph: fx.Graph) -> Found:
+    def _chains(self, module: nn.Module, graph: fx.Graph) -> Chains:
         parts = Parts(module, self.name(module))
         calls = calls_of_layers(graph, parts)
         values = None
         if self._calls is not None:
             values = Values(module, graph, self._calls.get(module, []), additions_of(calls, parts))
-        found: Found = {}
+        found: Chains = {}
         claimed: dict[fx.Node, nn.Module] = {}
         for layer in reversed(calls):  # the last of an addition's operands takes the other one as its residual
             self._seen_in[layer] = module
@@ -172,7 +172,7 @@ class Tracing:
         self.note(layer, chains[0], "module replaced")
         return True
 
-    def _rewrite(self, module: nn.Module, found: Found) -> None:
+    def _rewrite(self, module: nn.Module, found: Chains) -> None:
         """Replace the module's forward by its graph, in which the calls of other parts stay calls."""
         within = {part for chains in found.values() for chain in chains for part in _inside(module, chain)}
         writing = set() if self._calls is None else self._calls.writing

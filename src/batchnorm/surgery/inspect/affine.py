@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.kernels import using
 from batchnorm.layers import channels_of
 from batchnorm.surgery.inspect.example import Arguments, seeded
+from batchnorm.surgery.report import summary
 
 __all__ = [
     "CONVOLUTIONS", "LINEAR_MAPS", "TRANSPOSED", "Affine", "along_inputs", "along_outputs", "bias_behind",
@@ -236,7 +237,7 @@ def does_not_take(module: Any, affine: Affine, before: bool, call: Arguments | N
             found = both(*args, **kwargs)
         same = found.shape == right.shape and (found - right).abs().max() <= 1e-9 * right.abs().max()
     except Exception as error:
-        return f"could not be tried: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"could not be tried: {summary(error)}"
     return None if same else "does more with its weight, bias or input than a convolution or linear layer"
 
 

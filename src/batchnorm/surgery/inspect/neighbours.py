@@ -12,7 +12,7 @@ from batchnorm.layers import channels_of
 from batchnorm.surgery.inspect.affine import is_linear_map, outputs_of
 from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of
 from batchnorm.surgery.inspect.obstacles import Obstacles
-from batchnorm.surgery.inspect.paths import hands_on_module
+from batchnorm.surgery.inspect.paths import is_identity_module
 from batchnorm.surgery.inspect.recorded import Run, recorded
 from batchnorm.surgery.inspect.trace import Graphs
 from batchnorm.surgery.inspect.view import Around, Share, Unclear, View
@@ -38,11 +38,11 @@ class Neighbours:
             modes: in which a graph must hold, training (True) or evaluation.
         """
         self._model, self._names = model, names_of(model)
-        self._gone: set[nn.Module] = set()
+        self._identities: set[nn.Module] = set()
         self._graphs = None if runs else Graphs(model, modes=modes)
         self.asked: dict[nn.Module, set[str]] = {}
         if self._graphs is None:
-            views = [View(model, run.graph, whole=True, gone=self._gone, run=True) for run in runs]
+            views = [View(model, run.graph, whole=True, identities=self._identities, run=True) for run in runs]
             self._parameters_read = {module for run in runs for module in run.parameters_read}
             for run in runs:
                 for part, attributes in run.asked.items():
@@ -52,7 +52,8 @@ class Neighbours:
             with read_besides_calls(parts) as self.asked:
                 graphs = self._graphs.all()
             views = [
-                View(module, graph, module is model, self._gone, training=True in modes) for module, graph in graphs
+                View(module, graph, module is model, self._identities, training=True in modes)
+                for module, graph in graphs
             ]
             self._parameters_read = {module for view in views for module in view.parameters_read()}
         self.views: dict[nn.Module, list[View]] = {}
@@ -85,12 +86,12 @@ class Neighbours:
             self.untouched(beside),
             guessed=guesses[0] is not None or (isinstance(before, str) and guesses[1] is not None),
             everywhere=bool(views) and views[-1].whole,
-            given=views[-1].given(layer) if views else set(),
+            extras=views[-1].extras(layer) if views else set(),
         )
 
-    def hand_on(self, layers: Collection[nn.Module]) -> None:
+    def mark_identities(self, layers: Collection[nn.Module]) -> None:
         """Take it from now on that layers give what they are given."""
-        self._gone |= set(layers)
+        self._identities |= set(layers)
 
     def untouched(self, shares: tuple[Share, ...] | str) -> tuple[Share, ...] | str:
         """Give the same shares, or which of their modules a forward looks at besides calling it."""
@@ -118,7 +119,7 @@ class Neighbours:
             return None
         modules = list(around)
         place = modules.index(layer) + step
-        while 0 <= place < len(modules) and (hands_on_module(modules[place]) or modules[place] in self._gone):
+        while 0 <= place < len(modules) and (is_identity_module(modules[place]) or modules[place] in self._identities):
             place += step
         if not 0 <= place < len(modules):
             return None

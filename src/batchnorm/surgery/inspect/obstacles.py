@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
@@ -23,7 +22,17 @@ from batchnorm.surgery.inspect.affine import (
     share_of,
 )
 from batchnorm.surgery.inspect.example import Arguments
-from batchnorm.surgery.inspect.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
+from batchnorm.surgery.inspect.find import (
+    NO_FORWARD,
+    UNINITIALIZED,
+    hooked_between,
+    hooks_of,
+    is_batch_norm,
+    is_known,
+    is_uninitialized,
+    kind_of,
+    names_of,
+)
 from batchnorm.surgery.inspect.reading import following, read
 from batchnorm.surgery.inspect.view import Around, Share
 
@@ -59,11 +68,11 @@ def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 def _no_affine_map(layer: Any) -> str | None:
     """Why a layer in evaluation is not scale · x + shift with known numbers; None if it is."""
-    kind = layer._frozen.kind if is_frozen(layer) else type(layer)
+    kind = kind_of(layer)
     if "forward" in vars(layer):
-        return "its forward has been replaced"
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
-        return "it has seen no input, and has no statistics yet: run the model once"
+        return NO_FORWARD
+    if is_uninitialized(layer):
+        return UNINITIALIZED
     found = None if is_known(kind) else read(layer)
     if isinstance(found, str):
         subclass = issubclass(kind, nn.modules.batchnorm._BatchNorm)
@@ -100,7 +109,7 @@ class Obstacles:
         """Why the modules in front of a layer cannot do the layer's work."""
         if isinstance(found.before, str):
             return found.before
-        if "mask" in found.given:
+        if "mask" in found.extras:
             return "it is called with a mask, where its output is 0"
         return self._first(layer, found.before, found, before=True)
 
@@ -108,7 +117,7 @@ class Obstacles:
         """Why the module behind a layer cannot do the layer's work."""
         if isinstance(found.after, str):
             return found.after
-        if found.given or following(layer) is not None:
+        if found.extras or following(layer) is not None:
             return f"it does more than normalize before {self.names[found.after[0].module][0]}"
         return self._first(layer, found.after, found, before=False)
 
@@ -116,7 +125,7 @@ class Obstacles:
         """Why a convolution whose output is added to the layer's cannot do the layer's work."""
         if isinstance(found.beside, str):
             return found.beside
-        if found.given or following(layer) is not None:
+        if found.extras or following(layer) is not None:
             return "it does more than normalize before the sum"
         return self._first(layer, found.beside, found, before=True)
 

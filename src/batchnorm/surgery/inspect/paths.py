@@ -12,15 +12,29 @@ from torch import Tensor, fx, nn
 from batchnorm.surgery.inspect.find import hooks_of
 
 __all__ = [
-    "asks", "channel_axis", "channels_between", "data_of", "flattens", "hands_on_module", "is_identity", "is_movement",
-    "joins_channels", "name_of", "replayed", "summands", "tagged",
+    "DROPOUTS",
+    "SUMS",
+    "asks",
+    "channel_axis",
+    "channels_between",
+    "data_of",
+    "flattens",
+    "is_identity",
+    "is_identity_module",
+    "is_movement",
+    "is_sum",
+    "joins_channels",
+    "name_of",
+    "replayed",
+    "summands",
+    "tagged",
 ]  # fmt: skip
 
 # What hands on in evaluation what it is given.
 _IDENTITIES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _SAME = frozenset(("contiguous", "clone", "detach", "alias"))
 # What hands on where the dtype is that already, which a run tells.
 _CASTS = frozenset(("to", "type_as", "float", "double", "half", "bfloat16"))
@@ -30,15 +44,15 @@ _MOVED = frozenset(
      "movedim", "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "narrow", "getitem",
      "__getitem__", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 )  # fmt: skip
-_SUMS = frozenset(("add", "add_", "iadd", "__add__", "__radd__", "__iadd__"))
+SUMS = frozenset(("add", "add_", "iadd", "__add__", "__radd__", "__iadd__"))
 _IN_PLACE = frozenset(("add_", "iadd", "__iadd__"))
 # What asks a tensor for its form alone.
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
-_METHODS = ("size", "dim")
+_METHODS = ("size", "dim", "numel", "is_floating_point")
 _LIKE = ("reshape_as", "view_as", "expand_as", "type_as")
 
 
-def hands_on_module(module: nn.Module, training: bool = False) -> bool:
+def is_identity_module(module: nn.Module, training: bool = False) -> bool:
     """Whether a module gives what it is given, in evaluation, or in training, too."""
     kinds = (nn.Identity,) if training else _IDENTITIES
     return type(module) in kinds and not hooks_of(module)
@@ -67,7 +81,7 @@ def is_identity(node: fx.Node) -> bool:
     """Whether a call of a function or a method gives in evaluation what it is given."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.target in _DROPOUTS:
+    if node.target in DROPOUTS:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return training is False
     name = name_of(node)
@@ -168,13 +182,20 @@ def channels_between(end: Tensor, axis: int, tags: int) -> tuple[Tensor, Tensor]
 _Readers = Callable[[fx.Node], list[fx.Node]]
 
 
-def summands(call: fx.Node, readers: _Readers, hands_on: Callable[[fx.Node], bool]) -> list[fx.Node] | str:
+def is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two nodes' values."""
+    if node.op not in ("call_function", "call_method") or name_of(node) not in SUMS or node.kwargs:
+        return False
+    return len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def summands(call: fx.Node, readers: _Readers, same: Callable[[fx.Node], bool]) -> list[fx.Node] | str:
     """Find what is added to a node's value and to nothing else.
 
     Args:
         call: whose value it is.
         readers: which nodes compute with a node's value, whatever hands it on.
-        hands_on: which nodes hand on what they are given.
+        same: which nodes hand on what they are given.
 
     Returns:
         The other values whose sum with this one is all that reads them; or why there is no such sum.
@@ -184,10 +205,10 @@ def summands(call: fx.Node, readers: _Readers, hands_on: Callable[[fx.Node], boo
         return "it is not added to anything"
     while (outer := _sum_of(total, readers)) is not None:
         total = outer
-    found = list(_addends(total, readers, hands_on))
+    found = list(_addends(total, readers, same))
     if call not in found:
         return "its values are moved before they are added"
-    if _overwrites(call, total, hands_on):
+    if _overwrites(call, total, same):
         return "the sum overwrites its output"
     return [node for node in found if node is not call]
 
@@ -199,31 +220,29 @@ def _sum_of(node: fx.Node, readers: _Readers) -> fx.Node | None:
 
 
 def _adds(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method") or name_of(node) not in _SUMS or node.kwargs:
-        return False
-    return len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and node.args[0] is not node.args[1]
+    return is_sum(node) and node.args[0] is not node.args[1]
 
 
-def _addends(total: fx.Node, readers: _Readers, hands_on: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+def _addends(total: fx.Node, readers: _Readers, same: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
     for given in total.all_input_nodes:
-        node = _handed(given, hands_on)
+        node = _handed(given, same)
         if len(readers(node)) != 1:
             continue
         if _adds(node):
-            yield from _addends(node, readers, hands_on)
+            yield from _addends(node, readers, same)
         else:
             yield node
 
 
-def _overwrites(call: fx.Node, total: fx.Node, hands_on: Callable[[fx.Node], bool]) -> bool:
+def _overwrites(call: fx.Node, total: fx.Node, same: Callable[[fx.Node], bool]) -> bool:
     """Whether an addition in place writes into the node's value, where a single 0 would not hold the sum."""
-    parts = [(given, _handed(given, hands_on)) for given in total.all_input_nodes]
+    parts = [(given, _handed(given, same)) for given in total.all_input_nodes]
     if name_of(total) in _IN_PLACE and any(given is total.args[0] and node is call for given, node in parts):
         return True
-    return any(_adds(node) and _overwrites(call, node, hands_on) for _, node in parts)
+    return any(_adds(node) and _overwrites(call, node, same) for _, node in parts)
 
 
-def _handed(node: fx.Node, hands_on: Callable[[fx.Node], bool]) -> fx.Node:
-    while hands_on(node):
+def _handed(node: fx.Node, same: Callable[[fx.Node], bool]) -> fx.Node:
+    while same(node):
         node = data_of(node)[0]
     return node

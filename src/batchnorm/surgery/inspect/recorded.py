@@ -15,19 +15,26 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.kernels import using
 from batchnorm.surgery.inspect.affine import is_linear_map, is_plain
-from batchnorm.surgery.inspect.example import forward, in_mode, own, seeded
-from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of, shadow
-from batchnorm.surgery.inspect.tensors import tensors_in
+from batchnorm.surgery.inspect.example import copied_inputs, forward, in_mode, seeded
+from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters, tensors_in
 from batchnorm.surgery.inspect.watched import read_besides_calls
 
-__all__ = ["Run", "recorded"]
+__all__ = ["Run", "only_asks", "recorded"]
 
 # Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
 _VALUES = {getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")}
-_ASKS = frozenset(
+_ASKING = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
-     "element_size", "get_device", "storage_offset", "__len__", "type", "register_hook", "requires_grad_")
+     "is_signed", "element_size", "get_device", "storage_offset", "__len__", "__hash__")
 )  # fmt: skip
+_MARKING = frozenset(("type", "register_hook", "requires_grad_"))
+
+
+def only_asks(function: Callable[..., Any]) -> bool:
+    """Whether a call tells about a tensor without reading its values."""
+    name = getattr(function, "__name__", "")
+    return name in _ASKING or (name == "__get__" and function not in _VALUES)
 
 
 class Run(NamedTuple):
@@ -57,12 +64,12 @@ def recorded(model: nn.Module, inputs: Any, training: bool = False) -> Run:
         inputs: as for ``forward``.
         training: in which mode to run; in evaluation without gradients.
     """
-    twin, original = shadow(model)
+    twin, original = copy_sharing_parameters(model)
     in_mode(in_mode(twin, True), training)  # some keep what they computed last until they train again
     recorder = _Recorder(twin)
     with recorder.attached(), read_besides_calls(recorder.parts) as asked, seeded(twin), using("aten"):
         with torch.set_grad_enabled(training), recorder:
-            given = own(inputs)
+            given = copied_inputs(inputs)
             recorder.begin(given)
             outputs = forward(twin, given)
         recorder.end(outputs)
@@ -141,8 +148,7 @@ class _Recorder(TorchFunctionMode):
 
     def _given(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """What a function is given, with nodes instead of tensors; None if it does not compute with what was seen."""
-        name = getattr(func, "__name__", "")
-        if name in _ASKS or (name == "__get__" and func not in _VALUES):
+        if only_asks(func) or getattr(func, "__name__", "") in _MARKING:
             return None
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._read_ids.update(id(t) for t in tensors if id(t) in self._owners)

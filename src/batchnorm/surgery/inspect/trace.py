@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 
 from batchnorm.surgery.inspect.affine import is_linear_map
 from batchnorm.surgery.inspect.example import Calls
-from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of, shadow
+from batchnorm.surgery.inspect.find import NO_FORWARD, hooks_of, is_batch_norm, names_of
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
+from batchnorm.surgery.report import summary
 
 __all__ = ["Graphs", "Leaf", "UntraceableError", "paths_of", "refusing", "trace"]
 
@@ -35,8 +37,7 @@ def refusing() -> Iterator[None]:
     except (UntraceableError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
+        raise UntraceableError(summary(error)) from error
 
 
 def trace(
@@ -44,7 +45,7 @@ def trace(
     leaf: Leaf,
     modes: Sequence[bool] = (True, False),
     to_run: bool = False,
-    shadows: _Shadows | None = None,
+    copies: _Copies | None = None,
 ) -> fx.Graph:
     """Record what a module's forward does with its arguments.
 
@@ -56,21 +57,21 @@ def trace(
         leaf: whether to record a call of a submodule as a call, rather than what happens inside.
         modes: in which modes to run it, training (True) or evaluation, where one of them alone is asked about.
         to_run: whether the graph will be the module's forward, so that what is returned must be of its own class.
-        shadows: of a model with this module, if that has not changed since.
+        copies: of a model with this module, if that has not changed since.
 
     Raises:
         UntraceableError: with the reason.
     """
     try:
-        twin, parts = shadow(module) if shadows is None else shadows.of(module)
+        twin, parts = copy_sharing_parameters(module) if copies is None else copies.of(module)
     except Exception as error:
         raise UntraceableError(f"it cannot be copied: {str(error).splitlines()[0]}") from error
     try:
         with refusing():
             graphs = [_traced(twin, training, lambda part: leaf(parts[part]), to_run) for training in modes]
     except UntraceableError:
-        if shadows is not None:
-            shadows.spoil(module)
+        if copies is not None:
+            copies.spoil(module)
         raise
     if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("training and evaluation, or two runs, differ in more than its layers")
@@ -206,8 +207,8 @@ class Graphs:
         self.outwards = [module for module in self.names if module in self._with_layers][::-1]
 
     @cached_property
-    def _shadows(self) -> _Shadows:
-        return _Shadows(self.model)
+    def _copies(self) -> _Copies:
+        return _Copies(self.model)
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._known
@@ -259,15 +260,15 @@ class Graphs:
         if not _is_container(module) or type(module).forward is nn.Module.forward:
             return
         if "forward" in vars(module):
-            self.opaque[module] = "its forward has been replaced"
+            self.opaque[module] = NO_FORWARD
             return
         if not _takes_fixed_arguments(module):  # its callers decide on them, and it is looked into from there
             self._blind[module] = "it takes optional arguments"
             return
         for leaf in self._leaves():
             try:
-                shadows = None if module in self._stale else self._shadows
-                self._known[module] = trace(module, leaf, self._modes, shadows=shadows), leaf
+                copies = None if module in self._stale else self._copies
+                self._known[module] = trace(module, leaf, self._modes, copies=copies), leaf
             except UntraceableError as error:
                 self.opaque[module] = str(error)
             else:
@@ -329,13 +330,13 @@ def _takes_fixed_arguments(module: nn.Module) -> bool:
     return all(p.kind in fixed and p.default is inspect.Parameter.empty for p in parameters)
 
 
-class _Shadows:
+class _Copies:
     """Copies of a model's modules to try things on: one of the whole model, as long as nothing has gone wrong in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._spoilt: set[nn.Module] = set()
         try:
-            _, self._parts = shadow(model)
+            _, self._parts = copy_sharing_parameters(model)
         except Exception:  # some part does not copy
             self._parts = {}
         self._twins = {part: twin for twin, part in self._parts.items()}
@@ -344,7 +345,7 @@ class _Shadows:
         """A module's copy, and for each of its parts the original."""
         if module in self._twins and self._spoilt.isdisjoint(module.modules()):
             return self._twins[module], self._parts
-        return shadow(module)
+        return copy_sharing_parameters(module)
 
     def spoil(self, module: nn.Module) -> None:
         """Do not use this copy again: a forward may have written into it."""

@@ -43,7 +43,7 @@ class Around:
             is none.
         guessed: whether these are only next to it in a ``Sequential``, which is taken to be called as a whole.
         everywhere: whether all calls in the model were seen, so that shared modules are no danger.
-        given: what else the layer is called with: a residual, a mask.
+        extras: what else the layer is called with: a residual, a mask.
     """
 
     before: tuple[Share, ...] | str
@@ -51,7 +51,7 @@ class Around:
     beside: tuple[Share, ...] | str
     guessed: bool = False
     everywhere: bool = False
-    given: set[str] = field(default_factory=set)
+    extras: set[str] = field(default_factory=set)
 
 
 class Unclear(str):
@@ -67,7 +67,7 @@ class View:
         module: whose graph it is.
         run: whether the graph was recorded in a run.
         calls: the nodes that call each module.
-        gone: layers that hand on what they are given.
+        identities: layers that hand on what they are given.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class View:
         module: nn.Module,
         graph: fx.Graph,
         whole: bool,
-        gone: set[nn.Module],
+        identities: set[nn.Module],
         run: bool = False,
         training: bool = False,
     ) -> None:
@@ -85,13 +85,13 @@ class View:
             module: whose graph it is.
             graph: traced, or recorded.
             whole: whether the module is the model, so that nothing is around it.
-            gone: layers that are folded, and hand on what they are given; it may grow.
+            identities: layers that are folded, and hand on what they are given; it may grow.
             run: whether the graph was recorded in a run, and knows sizes.
             training: whether dropout is more than nothing.
         """
         self.whole = whole
         self.calls: dict[nn.Module, list[fx.Node]] = {}
-        self.gone = gone
+        self.identities = identities
         self.run = run
         self.module, self._graph, self._training = module, graph, training
         for node in graph.nodes:
@@ -137,7 +137,7 @@ class View:
         if len(self.calls[layer]) > 1:
             return "it is called several times"
         call = self.calls[layer][0]
-        found = paths.summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._hands_on)
+        found = paths.summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._is_identity)
         if isinstance(found, str):
             return found
         for node in found:
@@ -148,7 +148,7 @@ class View:
                 return (Share(module),)
         return "no convolution that could do its work is beside it in the sum"
 
-    def given(self, layer: nn.Module) -> set[str]:
+    def extras(self, layer: nn.Module) -> set[str]:
         """What else a layer is called with."""
         calls = self.calls[layer]
         named = {name for call in calls for name, value in call.kwargs.items() if value is not None}
@@ -181,7 +181,7 @@ class View:
 
     def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that gave a value, before all that handed it on or moved it."""
-        if self._hands_on(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
             for given in paths.data_of(node):
                 yield from self._origins(given)
         else:
@@ -192,15 +192,15 @@ class View:
         for user in node.users:
             if paths.asks(user, node):
                 continue
-            if self._hands_on(user) or (paths.is_movement(user) and self._understood(user)):
+            if self._is_identity(user) or (paths.is_movement(user) and self._understood(user)):
                 yield from self._readers(user)
             else:
                 yield user, node
 
-    def _hands_on(self, node: fx.Node) -> bool:
+    def _is_identity(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             called = self._called(node)
-            return called in self.gone or paths.hands_on_module(called, self._training)
+            return called in self.identities or paths.is_identity_module(called, self._training)
         return paths.is_identity(node)
 
     def _understood(self, node: fx.Node) -> bool:
@@ -230,7 +230,7 @@ class View:
                 starts[origin] = tags, axis
                 tags += origin.meta["shape"][axis]
             values = {o: paths.tagged(o.meta["shape"], axis, first) for o, (first, axis) in starts.items()}
-            end = paths.replayed(_input(call), values, self._hands_on)
+            end = paths.replayed(_input(call), values, self._is_identity)
             _, channels = paths.channels_between(end, 1, tags)
             for origin, (first, axis) in starts.items():
                 own = channels[first : first + origin.meta["shape"][axis]]
@@ -254,7 +254,7 @@ class View:
                 continue
             origins = dict.fromkeys(self._origins(given))
             values = {origin: paths.tagged(origin.meta["shape"], 1, 0) for origin in origins}
-            end = paths.replayed(given, values, self._hands_on)
+            end = paths.replayed(given, values, self._is_identity)
             channels, _ = paths.channels_between(end, axis, next(iter(origins)).meta["shape"][1])
             if (channels < 0).any():
                 return self._other_axis(module)
@@ -264,7 +264,7 @@ class View:
     def _source(self, call: fx.Node) -> fx.Node:
         """What a call gets, before all that handed it on."""
         node = _input(call)
-        while self._hands_on(node):
+        while self._is_identity(node):
             node = paths.data_of(node)[0]
         return node
 
@@ -324,7 +324,7 @@ class View:
 
     def _way(self, node: fx.Node) -> Iterator[fx.Node]:
         yield node
-        if self._hands_on(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
             for given in paths.data_of(node):
                 yield from self._way(given)
 

@@ -107,7 +107,7 @@ class PassResult:
         first = torch.tensor([self.batches, self.samples, self.dropped, *unfit], dtype=torch.float64, device="cpu")
         return torch.cat([first, *(c.packed().flatten().cpu() for c in self.clusters.values())])
 
-    def everybodys(self, group: ProcessGroup) -> PassResult:
+    def merged_over(self, group: ProcessGroup) -> PassResult:
         """Merge what all processes have seen: the same in all of them, to the last bit."""
         if group.size == 1:
             return self
@@ -261,7 +261,7 @@ def _pass(
         if options.tolerance is None and not ended:
             continue
         all_ended = group.all_done(ended, numbers)  # where others have more, this one waits with what it has
-        whole = own.everybodys(group)
+        whole = own.merged_over(group)
         if options.tolerance is not None and whole.precise(options.tolerance):
             whole.stopped = "tolerance"
             break

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import Renorm, part
-from batchnorm.surgery.inspect.find import is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.inspect.find import NO_STATISTICS, is_batch_norm, is_frozen, is_known
 from batchnorm.surgery.inspect.reading import read
 from batchnorm.surgery.measuring.clusters import Clusters
 from batchnorm.surgery.report import listed
@@ -110,7 +110,7 @@ def _obstacle(layer: Any, model: nn.Module) -> str | None:
         return f"{type(layer).__name__} never moves its statistics"
     buffers = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
     if not recurrent and not all(isinstance(t, Tensor) for t in buffers):
-        return "it has no running statistics: it normalizes with the batch's in evaluation, too"
+        return NO_STATISTICS
     if not getattr(layer, "track_running_stats", True):
         return (
             "its track_running_stats is False, as Lightning's freezing leaves it, and no training moves its "
