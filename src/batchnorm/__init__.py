@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
     from batchnorm.surgery.fusing.fuse import fuse as fuse
+    from batchnorm.surgery.inspect.preserve import preserved as preserved
     from batchnorm.surgery.recalibrate import recalibrate as recalibrate
     from batchnorm.surgery.replace import replace as replace
 
@@ -70,6 +71,7 @@ _HOME = {
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
     "fuse": "batchnorm.surgery.fusing.fuse",
+    "preserved": "batchnorm.surgery.inspect.preserve",
     "recalibrate": "batchnorm.surgery.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",

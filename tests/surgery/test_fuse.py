@@ -132,6 +132,18 @@ def test_without_example_inputs_additions_wait() -> None:
     assert undecided.skipped["norm"].endswith("; example_inputs would allow to observe it")
 
 
+def test_models_pickled_by_earlier_versions_find_their_classes() -> None:
+    torch.manual_seed(0)
+    fused = batchnorm.fuse(randomized(ResNet()), image()).model
+    pickled = pickle.dumps(fused, protocol=2)
+    before = pickled.replace(b"cbatchnorm.surgery.fused\n", b"cbatchnorm.surgery.fusing.rewrite\n")
+    assert {name for name in (b"Absorbed", b"_blank") if b"fusing.rewrite\n" + name in before} == {
+        b"Absorbed",
+        b"_blank",
+    }
+    assert_same(step(pickle.loads(before), image()), step(fused, image()))
+
+
 def test_copies_and_pickles_of_a_fused_model() -> None:
     torch.manual_seed(0)
     fused = batchnorm.fuse(randomized(ResNet()), image()).model

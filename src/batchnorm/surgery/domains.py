@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.surgery.adopt import obstacle, settle
 from batchnorm.surgery.convert import Converted
 from batchnorm.surgery.fused import Absorbed, Rewritten
-from batchnorm.surgery.inspect.find import is_batch_norm, settle_lazy
+from batchnorm.surgery.inspect.find import is_batch_norm, is_uninitialized, settle_lazy
 
 __all__ = ["add_domain", "split_domains"]
 
@@ -96,7 +95,7 @@ def _obstacle(layer: Any) -> str | None:
     reason = obstacle(layer)
     if reason is not None:
         return reason
-    if any(is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values())):
+    if is_uninitialized(layer):
         return "it does not know its number of channels yet: run the model once"
     if not {"weight", "bias"} <= layer._parameters.keys():
         return "its weight is pruned"

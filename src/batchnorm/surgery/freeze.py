@@ -112,7 +112,7 @@ class _Lean(_Held):
         mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
         activation, inplace = getattr(layer, "activation", None), getattr(layer, "inplace", False)
         lean = _worth_it(input, weight, bias, residual) and not inplace and _fits(input, mean, weight, residual)
-        if lean and not _left_to_the_loops(input, activation, weight, bias, mean, var, residual):
+        if lean and not _numba_serves(input, activation, weight, bias, mean, var, residual):
             y = _scaled(input, mean, var, weight, bias, layer.eps)
             return applied(activation, y if residual is None else y + residual)
         return batch_norm(
@@ -141,8 +141,8 @@ def _worth_it(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: T
     return any(t is not None and t.requires_grad for t in (x, bias, residual))
 
 
-def _left_to_the_loops(x: Tensor, activation: Activation | None, *others: Tensor | None) -> bool:
-    """Whether the loops are faster; they keep no x either."""
+def _numba_serves(x: Tensor, activation: Activation | None, *others: Tensor | None) -> bool:
+    """Whether the Numba kernel is faster; it keeps no x either."""
     if torch.compiler.is_compiling():
         return False
     record.forward = which(x, False, *others, fused=activation is not None or others[-1] is not None)
@@ -171,13 +171,10 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: T
 
 def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _made:
-        _made[kind] = _make(kind)
+        held = _Lean if is_known(kind) else _Held
+        body = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        _made[kind] = type(f"Frozen{kind.__name__}", (held, kind), body)
     return _made[kind]
-
-
-def _make(kind: type[nn.Module]) -> type[nn.Module]:
-    how = _Lean if is_known(kind) else _Held
-    return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _rebuilt(kind: type[nn.Module]) -> nn.Module:

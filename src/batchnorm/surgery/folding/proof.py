@@ -73,9 +73,7 @@ class Proof(Generic[Step]):
 
     def _measured(self, steps: list[Step]) -> list[Step]:
         if self._wide is not None:
-            self.error = largest_difference(
-                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
-            )
+            self.error = self._own_difference(steps)
         return steps
 
     def _halved(self, kept: list[Step], steps: list[Step]) -> list[Step]:
@@ -103,16 +101,18 @@ class Proof(Generic[Step]):
 
     def _difference(self, steps: Sequence[Step]) -> float:
         if self._wide is None:
-            found = largest_difference(
-                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
-            )
+            found = self._own_difference(steps)
             self.error = found if found <= self._limit else self.error
         else:
-            found = largest_difference(
-                evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False), self._wide_right
-            )
+            outputs = evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False)
+            found = largest_difference(outputs, self._wide_right)
             self.error_float64 = found if found <= self._limit else self.error_float64
         return found
+
+    def _own_difference(self, steps: Sequence[Step]) -> float:
+        """The difference in the model's own dtype."""
+        outputs = evaluated(self._folded(self._model, steps), self._inputs, copy=False)
+        return largest_difference(outputs, self._right)
 
 
 def _doubled(value: Any) -> Any:

@@ -7,7 +7,6 @@ not even ask (C++, an ``autograd.Function``, and so a reentrant checkpoint) find
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.activations import Activation
 from batchnorm.surgery.fusing.formulas import Y, in_place, step
-from batchnorm.surgery.inspect.paths import DROPOUTS
 from batchnorm.surgery.inspect.recorded import only_asks
 
-__all__ = ["Activated", "Ahead", "is_transparent"]
-
-
-def is_transparent(function: Callable[..., Any], args: Any, result: Any) -> bool:
-    """Whether a call tells about a tensor without reading its values, or hands the tensor on as it is."""
-    return only_asks(function) or (function in DROPOUTS and bool(args) and result is args[0])
+__all__ = ["Activated", "Ahead"]
 
 
 @dataclass

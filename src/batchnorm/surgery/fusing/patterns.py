@@ -13,7 +13,10 @@ from batchnorm.surgery.fusing.values import ShapeAndDtype, Values
 from batchnorm.surgery.inspect.find import hooks_of
 from batchnorm.surgery.inspect.paths import SUMS, asks, is_sum, name_of
 
-__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described", "has_zero_channels"]
+__all__ = [
+    "LEAVES", "Chain", "Parts", "activation_behind", "additions_of", "calls_of_layers", "chain_of", "described",
+    "has_zero_channels",
+]  # fmt: skip
 
 LEAVES = "its output leaves the graph"
 
@@ -114,7 +117,7 @@ def chain_of(call: fx.Node, parts: Parts, values: Values | None) -> Chain | str:
             return reason
         chain.add, chain.nodes = user, [*nodes, user]
         nodes += _past_identities(user, parts)
-    chain.activation, chain.acts = _activation(nodes[-1], parts)
+    chain.activation, chain.acts = activation_behind(nodes[-1], parts)
     if chain.acts:
         if any(clamps(parts.called(node)) for node in chain.acts) and has_zero_channels(parts[str(call.target)]):
             return "weight and bias of a channel are 0, where a clamp's gradient is 1 and that of an activation 0"
@@ -174,7 +177,7 @@ def _is_identity(node: fx.Node, parts: Parts) -> bool:
 # --- activations ---
 
 
-def _activation(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.Node]]:
+def activation_behind(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.Node]]:
     """The activation of a node's value, if that is all that becomes of it, and the nodes that compute it."""
     formulas: dict[fx.Node, str] = {end: Y}
     grown = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of
 from batchnorm.surgery.inspect.tensors import copy_sharing_parameters, tensors_in
 from batchnorm.surgery.inspect.watched import read_besides_calls
 
-__all__ = ["Run", "only_asks", "recorded"]
+__all__ = ["Hooks", "Run", "only_asks", "recorded"]
 
 # Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
 _VALUES = {getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")}
@@ -56,18 +56,19 @@ class Run(NamedTuple):
     called_with: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def recorded(model: nn.Module, inputs: Any, training: bool = False) -> Run:
+def recorded(model: nn.Module, inputs: Any, training: bool = False, parts: Collection[nn.Module] = ()) -> Run:
     """Run a copy of a model, with torch's own operators, and record what it does.
 
     Args:
         model: it is left as it was.
         inputs: as for ``forward``.
         training: in which mode to run; in evaluation without gradients.
+        parts: the modules whose calls are nodes; what is read of these besides is not noted.
     """
     twin, original = copy_sharing_parameters(model)
     in_mode(in_mode(twin, True), training)  # some keep what they computed last until they train again
-    recorder = _Recorder(twin)
-    with recorder.attached(), read_besides_calls(recorder.parts) as asked, seeded(twin), using("aten"):
+    recorder = _Recorder(twin, {part for part, its in original.items() if its in parts})
+    with recorder.attached(), read_besides_calls(() if parts else recorder.parts) as asked, seeded(twin), using("aten"):
         with torch.set_grad_enabled(training), recorder:
             given = copied_inputs(inputs)
             recorder.begin(given)
@@ -83,12 +84,12 @@ def recorded(model: nn.Module, inputs: Any, training: bool = False) -> Run:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parts: Collection[nn.Module]) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.called_with: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._model, self._names = model, names_of(model)
-        self.parts = [m for m in self._names if is_batch_norm(m) or is_linear_map(m)]
+        self.parts = [m for m in self._names if (m in parts if parts else is_batch_norm(m) or is_linear_map(m))]
         self._odd = {part for part in self.parts if is_linear_map(part) and not is_plain(part)}
         self._owners: dict[int, list[nn.Module]] = {}
         for part in self.parts:
@@ -110,7 +111,7 @@ class _Recorder(TorchFunctionMode):
 
         def show(module: nn.Module, *tensors: Any) -> None:
             if module in shown and not self._within:
-                self._read(f"hooks of {self._names[module][0]}", tensors)
+                self._read(self._names[module][0], tensors)
 
         if shown:  # for all modules, since a scripted one takes no hooks of its own
             handles.append(nn.modules.module.register_module_forward_pre_hook(show))
@@ -173,7 +174,7 @@ class _Recorder(TorchFunctionMode):
     def _read(self, reader: str, tensors: Any) -> None:
         known = [t for t in tree_leaves(tensors) if isinstance(t, Tensor) and t in self._nodes]
         if known:
-            self.graph.create_node("call_function", _Reader(reader), tuple(self._nodes[t] for t in known))
+            self.graph.create_node("call_function", Hooks(reader), tuple(self._nodes[t] for t in known))
 
     def _mapped(self, given: Any) -> Any:
         return tree_map(lambda t: self._nodes.get(t, t) if isinstance(t, Tensor) else t, given)
@@ -188,11 +189,11 @@ class _Recorder(TorchFunctionMode):
                     self._note(self.graph.create_node("call_function", operator.getitem, (node, place)), tensor)
 
 
-class _Reader:
-    """Stands in a graph for what reads a tensor and is no function."""
+class Hooks:
+    """Stands in a graph for the hooks of a module, which read what it is given and gives."""
 
-    def __init__(self, name: str) -> None:
-        self.__name__ = name
+    def __init__(self, module: str) -> None:
+        self.module, self.__name__ = module, f"hooks of {module}"
 
     def __call__(self, *tensors: Tensor) -> None:
         """Read, and give nothing."""

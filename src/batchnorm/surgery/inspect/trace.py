@@ -82,7 +82,7 @@ def _traced(module: nn.Module, training: bool, leaf: Leaf, to_run: bool) -> fx.G
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     for part in module.modules():
         vars(part)["training"] = training  # nn.Module's own way takes ten times as long
-    before = _Held(parts)
+    before = _Snapshot(parts)
     draws = torch.get_rng_state(), random.getstate()
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
@@ -94,12 +94,12 @@ def _traced(module: nn.Module, training: bool, leaf: Leaf, to_run: bool) -> fx.G
         random.setstate(draws[1])
     if drawn:
         raise UntraceableError("it draws random numbers that are no function of its input")
-    if not _Held(parts).same(before):
+    if not _Snapshot(parts).same(before):
         raise UntraceableError("its forward sets attributes")
     return graph
 
 
-class _Held:
+class _Snapshot:
     """What modules hold, what the lists and dicts among that hold, and how often their tensors were written into."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -113,7 +113,7 @@ class _Held:
         self._values = values
         self._versions = [v._version for v in values if isinstance(v, Tensor) and not v.is_inference()]
 
-    def same(self, other: _Held) -> bool:
+    def same(self, other: _Snapshot) -> bool:
         """Whether nothing is another object, and no tensor was written into."""
         return self._versions == other._versions and (
             len(self._values) == len(other._values) and all(map(operator.is_, self._values, other._values))

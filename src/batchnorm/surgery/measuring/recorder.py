@@ -24,7 +24,7 @@ from batchnorm.surgery.measuring.sites import Site, write
 
 __all__ = ["Recorder", "Stop", "finite", "moments_of", "normalize_with_the_batch"]
 
-_LOOPS_FROM = 2**20  # elements; below, copying to float64 costs little, and nothing need be compiled
+_NUMBA_FROM = 2**20  # elements; below, copying to float64 costs little, and nothing need be compiled
 _CHUNK = 2**22  # elements that are copied to float64 at once
 
 
@@ -157,7 +157,7 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
         x: floating, not empty.
         mask: as in ``batchnorm.functional.batch_norm``: ``(N, *space)`` or what broadcasts to it, bool or weights.
     """
-    if mask is None and x.numel() >= _LOOPS_FROM and which(x) == "numba":
+    if mask is None and x.numel() >= _NUMBA_FROM and which(x) == "numba":
         x, plan = plans.laid_out(x.detach(), given=True)
         C = x.shape[1]
         found = torch.zeros(1, 2, C, dtype=torch.float64, device="cpu")
