@@ -455,6 +455,12 @@ def test_reports() -> None:
         "not verified: give example_inputs",
     ]
     assert "verified: outputs within" in str(batchnorm.fold(model, image(2)))
+    assert batchnorm.fold(model).as_dict() == {
+        "folded": {"1": "into 0"},
+        "skipped": {"3": "it follows ReLU, not a plain convolution or linear layer; followed by the model's output"},
+        "max_error": None,
+        "max_error_float64": None,
+    }
 
 
 def test_what_cannot_be_folded_at_all() -> None:

@@ -122,7 +122,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
     search = Sources(model, example_inputs) if layers else None
     for name, layer in list(layers.items()):
-        reason = None if search is None else missed(search.asked.get(layer, ()), _REMAINING.get(by, ()))
+        reason = None if search is None else missed(search.attributes_read.get(layer, ()), _REMAINING.get(by, ()))
         if reason is not None:
             skipped[name] = reason
             del layers[name]

@@ -195,20 +195,7 @@ def adapt(
             final = measure(inner, batches, sites, share, forward)
         learned = [p.detach().clone() for p in parameters]
     source = share(seen.samples)
-    layers: dict[str, Shift] = {}
-    after: _Values = []
-    for site in sites:
-        moments = final.clusters[site].total
-        if not bool((moments.count > 1).any()):
-            none = not bool((moments.count > 0).any())
-            skipped[site.name] = "the data gave it " + ("no values" if none else "one value a channel")
-            continue
-        first = seen.clusters[site].total
-        mean, var = mixed(site, moments, source)
-        after += [(site.layer, "running_mean", mean), (site.layer, "running_var", var)]
-        layers[site.name] = _shift(site, first if bool((first.count > 0).any()) else moments)
-    if not layers:
-        raise ValueError(f"no batch normalization layer was given more than one value a channel:{listed(skipped)}")
+    layers, after = _moved(sites, seen, final, source, skipped)
     measured = {site.layer for site in sites}
     for name, layer in learning.items():
         names = list(tent.affine_of(layer))
@@ -281,6 +268,26 @@ def _learning(model: nn.Module, sites: Iterable[Site], skipped: dict[str, str]) 
     if not any(tent.affine_of(layer) for layer in found.values()):
         raise ValueError(f"tent learns weights and biases, and {len(found)} layers have none: use method='moments'")
     return found
+
+
+def _moved(
+    sites: Iterable[Site], seen: PassResult, final: PassResult, source: float, skipped: dict[str, str]
+) -> tuple[dict[str, Shift], _Values]:
+    """How far off each layer was at first, and its new statistics; the layers without join those that are skipped."""
+    layers: dict[str, Shift] = {}
+    after: _Values = []
+    for site in sites:
+        first, moments = seen.clusters[site].total, final.clusters[site].total
+        if not bool((moments.count > 1).any()):
+            none = not bool((moments.count > 0).any())
+            skipped[site.name] = "the data gave it " + ("no values" if none else "one value a channel")
+            continue
+        mean, var = mixed(site, moments, source)
+        after += [(site.layer, "running_mean", mean), (site.layer, "running_var", var)]
+        layers[site.name] = _shift(site, first if bool((first.count > 0).any()) else moments)
+    if not layers:
+        raise ValueError(f"no batch normalization layer was given more than one value a channel:{listed(skipped)}")
+    return layers, after
 
 
 def _shift(site: Site, target: Moments) -> Shift:

@@ -140,13 +140,8 @@ def _result(made: nn.Module, steps: list[Step], skipped: dict[str, str], proof: 
     """Take the steps, and tell."""
     tied = _tied(made)
     apply(made, steps)
-    return _told_of(made, {step.layer: _told(made, step, tied) for step in steps}, skipped, proof)
-
-
-def _told_of(model: nn.Module, folded: dict[str, str], skipped: dict[str, str], proof: Proof[Any] | None) -> Folded:
-    if proof is None:
-        return Folded(model, folded, skipped)
-    return Folded(model, folded, skipped, proof.error, proof.error_float64)
+    folded = {step.layer: _told(made, step, tied) for step in steps}
+    return Folded(made, folded, skipped, *(() if proof is None else proof.errors))
 
 
 def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
@@ -159,7 +154,7 @@ def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
         sized(whole, inputs)
     proof: Proof[str] = Proof(whole, inputs, _outputs(whole, inputs), _folded)
     made, folded, skipped = fold_graph(given, proof.sound(list(fold_graph(whole)[1])))
-    return _told_of(made, folded, skipped | proof.refused, proof)
+    return Folded(made, folded, skipped | proof.refused, *proof.errors)
 
 
 def _folded(graph: Any, names: Sequence[str]) -> nn.Module:
@@ -196,9 +191,9 @@ def _check_model(model: Any) -> None:
 def _search(model: nn.Module, seen: Neighbours, obstacles: Obstacles) -> tuple[list[Step], dict[str, str]]:
     """The steps that can be taken; behind a layer that goes there may be another."""
     steps: list[Step] = []
-    layers, skipped = layers_of(model)
+    layers, others = layers_of(model)
     while True:
-        new = []
+        new, skipped = [], dict(others)
         for name, layer in layers.items():
             try:
                 found = _step(name, layer, seen, obstacles)
@@ -212,7 +207,6 @@ def _search(model: nn.Module, seen: Neighbours, obstacles: Obstacles) -> tuple[l
             return steps, skipped
         steps += new
         gone = [layers.pop(step.layer) for step in new]
-        skipped = {name: reason for name, reason in skipped.items() if name not in {step.layer for step in new}}
         seen.mark_identities([layer for layer, step in zip(gone, new, strict=True) if leaves_nothing(layer, step)])
 
 
@@ -236,11 +230,7 @@ def _named(shares: Any, obstacles: Obstacles) -> tuple[tuple[str, Tensor | None]
 def _tied(model: nn.Module) -> set[str]:
     """The names of the modules that share a parameter with others."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    return {
-        name
-        for name, m in model.named_modules()
-        if any(p is not None and owners[id(p)] > 1 for p in m._parameters.values())
-    }
+    return {name for name, m in model.named_modules() if any(owners[id(p)] > 1 for p in m._parameters.values())}
 
 
 def _told(made: nn.Module, step: Step, tied: set[str]) -> str:

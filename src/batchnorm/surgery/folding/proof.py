@@ -25,8 +25,8 @@ class Proof(Generic[Step]):
 
     Attributes:
         refused: the steps that were left out, and why.
-        error: the largest difference of the folded model's outputs, relative to their tensor's largest value.
-        error_float64: the same with both models in float64; None if the model cannot run in it.
+        errors: the largest difference of the folded model's outputs, relative to their tensor's largest value; the
+            same with both models in float64, None if the model cannot run in it.
     """
 
     def __init__(
@@ -44,8 +44,7 @@ class Proof(Generic[Step]):
             ValueError: if there is no output to compare.
         """
         self.refused: dict[Step, str] = {}
-        self.error = 0.0
-        self.error_float64: float | None = None
+        self.errors: tuple[float, float | None] = 0.0, None
         self._model, self._inputs, self._folded = model, inputs, folded
         self._right = comparable(outputs)
         self._limit = max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())])
@@ -73,7 +72,7 @@ class Proof(Generic[Step]):
 
     def _measured(self, steps: list[Step]) -> list[Step]:
         if self._wide is not None:
-            self.error = self._own_difference(steps)
+            self.errors = self._own_difference(steps), self.errors[1]
         return steps
 
     def _halved(self, kept: list[Step], steps: list[Step]) -> list[Step]:
@@ -102,11 +101,11 @@ class Proof(Generic[Step]):
     def _difference(self, steps: Sequence[Step]) -> float:
         if self._wide is None:
             found = self._own_difference(steps)
-            self.error = found if found <= self._limit else self.error
+            self.errors = (found, None) if found <= self._limit else self.errors
         else:
             outputs = evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False)
             found = largest_difference(outputs, self._wide_right)
-            self.error_float64 = found if found <= self._limit else self.error_float64
+            self.errors = (self.errors[0], found) if found <= self._limit else self.errors
         return found
 
     def _own_difference(self, steps: Sequence[Step]) -> float:

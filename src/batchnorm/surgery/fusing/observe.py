@@ -44,7 +44,7 @@ def observed(
     layers, names = list(layers), names_of(model)
     found = {module: activation_in(module) or _activation(module) for module in names}
     known = {module: activation for module, activation in found.items() if activation is not None}
-    runs = [recorded(model, inputs, training, [*layers, *known]) for training in (True, False)]
+    runs = [recorded(model, inputs, training, {*layers, *known}) for training in (True, False)]
     seen = _Seen(model, runs, known)
     verdicts: dict[nn.Module, tuple[nn.Module | None, Activation] | str] = {}
     for layer in layers:

@@ -15,12 +15,12 @@ from batchnorm.surgery.inspect.example import Calls
 from batchnorm.surgery.inspect.find import TORCHS, hooks_of
 from batchnorm.surgery.inspect.trace import Graphs, UntraceableError, paths_of, refusing
 
-__all__ = ["Tracing"]
+__all__ = ["Fusion"]
 
 Chains = dict[nn.Module, list[Chain]]
 
 
-class Tracing:
+class Fusion:
     """One pass over a model, from its innermost modules outwards.
 
     Attributes:

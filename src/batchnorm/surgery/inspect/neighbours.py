@@ -26,7 +26,7 @@ class Neighbours:
 
     Attributes:
         views: the graphs that call a module, from the innermost module's outwards.
-        asked: for each layer, which of its attributes forwards read besides calling it.
+        attributes_read: for each layer, which of its attributes forwards read besides calling it.
     """
 
     def __init__(self, model: nn.Module, runs: Sequence[Run] = (), modes: Sequence[bool] = (True, False)) -> None:
@@ -40,16 +40,16 @@ class Neighbours:
         self._model, self._names = model, names_of(model)
         self._identities: set[nn.Module] = set()
         self._graphs = None if runs else Graphs(model, modes=modes)
-        self.asked: dict[nn.Module, set[str]] = {}
+        self.attributes_read: dict[nn.Module, set[str]] = {}
         if self._graphs is None:
             views = [View(model, run.graph, whole=True, identities=self._identities, run=True) for run in runs]
             self._parameters_read = {module for run in runs for module in run.parameters_read}
             for run in runs:
-                for part, attributes in run.asked.items():
-                    self.asked.setdefault(part, set()).update(attributes)
+                for part, attributes in run.attributes_read.items():
+                    self.attributes_read.setdefault(part, set()).update(attributes)
         else:
             parts = [m for m in self._names if is_batch_norm(m) or is_linear_map(m)]
-            with read_besides_calls(parts) as self.asked:
+            with read_besides_calls(parts) as self.attributes_read:
                 graphs = self._graphs.all()
             views = [
                 View(module, graph, module is model, self._identities, training=True in modes)
@@ -64,7 +64,7 @@ class Neighbours:
     def of(self, layer: nn.Module) -> Around:
         """What is next to a layer: an outer graph, which sees more, overrules an inner one."""
         views = self.views.get(layer, [])
-        why = missed(self.asked.get(layer, ()))
+        why = missed(self.attributes_read.get(layer, ()))
         if layer in self._parameters_read:
             why = why or "its parameters are read by others, too"
         if self._graphs is None and not views:
@@ -101,7 +101,7 @@ class Neighbours:
             name = self._names[module][0]
             if module in self._parameters_read:
                 return f"{name}'s parameters are read by others, too"
-            if "bias" in self.asked.get(module, ()) and getattr(module, "bias", None) is None:
+            if "bias" in self.attributes_read.get(module, ()) and getattr(module, "bias", None) is None:
                 return f"a forward looks whether {name} has a bias, which it would get"
         return shares
 
@@ -153,7 +153,7 @@ class Sources:
     """What feeds batch normalization layers and nothing else, in training and in evaluation.
 
     Attributes:
-        asked: for each layer, which of its attributes forwards read besides calling it.
+        attributes_read: for each layer, which of its attributes forwards read besides calling it.
     """
 
     def __init__(self, model: nn.Module, inputs: Any = None) -> None:
@@ -167,7 +167,7 @@ class Sources:
         self._owners = Counter(id(p) for m in self._names for p in m._parameters.values() if p is not None)
         runs = [] if inputs is None else [recorded(model, inputs, training) for training in (True, False)]
         self._neighbours = Neighbours(model, runs)
-        self.asked = self._neighbours.asked
+        self.attributes_read = self._neighbours.attributes_read
         self._obstacles = Obstacles(model, runs[0].called_with if runs else None)
 
     def of(self, layer: nn.Module) -> tuple[Source, ...] | str:
@@ -215,7 +215,7 @@ class Sources:
         name = self._names[before][0]
         if len(self._names[before]) > 1 or len(self._names[layer]) > 1:
             return f"{name} or the layer is shared"
-        if any(self._owners[id(p)] > 1 for p in before._parameters.values() if p is not None):
+        if any(self._owners[id(p)] > 1 for p in before._parameters.values()):
             return f"{name} shares a parameter"
         if hooks_of(layer):
             return f"{name}, or something between it and the layer, has hooks"

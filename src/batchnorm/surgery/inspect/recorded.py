@@ -45,14 +45,14 @@ class Run(NamedTuple):
             else was done to their results or to the inputs is a "call_function"; `meta` has their "shape" and "dtype".
         outputs: what the model returned.
         parameters_read: the modules with parameters that something else computed with than the module itself.
-        asked: which attributes of layers were read from outside.
+        attributes_read: which attributes of layers were read besides calling them.
         called_with: arguments of the first call of what is a convolution or a linear layer with a forward of its own.
     """
 
     graph: fx.Graph
     outputs: Any
     parameters_read: set[nn.Module]
-    asked: dict[nn.Module, set[str]]
+    attributes_read: dict[nn.Module, set[str]]
     called_with: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
 

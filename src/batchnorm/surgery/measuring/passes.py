@@ -143,7 +143,7 @@ def layer_by_layer(
 ) -> PassResult:
     """Measure one layer after the other, in the order of first calls, on what the layers before make in evaluation.
 
-    Running statistics are written as they are found: works within ``preserved``.
+    Running statistics are written as they are found; who calls this puts the old ones back.
 
     Raises:
         ValueError: if the data can be run through once only.
