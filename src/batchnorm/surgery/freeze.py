@@ -21,6 +21,7 @@ from batchnorm.surgery.inspect.find import (
     is_frozen,
     is_known,
     is_uninitialized,
+    served,
     settle_lazy,
 )
 from batchnorm.surgery.inspect.restoring import Restoring
@@ -206,20 +207,13 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         >>> batchnorm.unfreeze(model)
     """
     settle_lazy(model)
-    frozen, skipped = {}, {}
-    for name, layer in model.named_modules():
-        if not is_batch_norm(layer):
-            continue
-        reason = _obstacle(layer)
-        if reason is not None:
-            skipped[name] = reason
-            continue
+    layers, skipped = served(model, _obstacle)
+    for layer in layers.values():
         if not is_frozen(layer):
             _hold(layer)
         if affine:
             _fix(layer)
-        frozen[name] = _told(layer)
-    return Frozen(frozen, skipped)
+    return Frozen({name: _told(layer) for name, layer in layers.items()}, skipped)
 
 
 def _obstacle(layer: Any) -> str | None:

@@ -19,10 +19,10 @@ from batchnorm.surgery.inspect.find import (
     NO_FORWARD,
     OURS,
     TORCHS,
-    is_batch_norm,
     is_frozen,
     is_known,
     is_uninitialized,
+    served,
     settle_lazy,
 )
 from batchnorm.surgery.inspect.neighbours import Source, Sources
@@ -109,15 +109,8 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
     if by is not None and not isinstance(by, (str, Policy)):
         raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
     settle_lazy(model)
-    layers, skipped = {}, {}
     fused = _fused(model)
-    for name, layer in model.named_modules():
-        if is_batch_norm(layer):
-            reason = _obstacle(layer, by, layer in fused)
-            if reason is None:
-                layers[name] = layer
-            else:
-                skipped[name] = reason
+    layers, skipped = served(model, lambda layer: _obstacle(layer, by, layer in fused))
     if isinstance(by, Policy):
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
     search = Sources(model, example_inputs) if layers else None

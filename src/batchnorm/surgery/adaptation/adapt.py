@@ -160,7 +160,7 @@ def adapt(
         ValueError: unknown methods, options of another method or out of range, no data, only batches that are not
             finite, no layer that can be adapted, an entropy that is not finite.
         TypeError: for tent, a model that returns no class scores.
-        After any error, whoever raised it, the model is as it was.
+        After any error, whoever raised it, the model is as it was. One in the model's forward names the batch.
 
     Warns:
         UserWarning: where adapting tends to do harm: the source's and the data's samples together count for less than

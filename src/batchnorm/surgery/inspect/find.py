@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from batchnorm import any_rank, layers
 
 __all__ = [
     "FROZEN", "NO_FORWARD", "NO_STATISTICS", "OURS", "TORCHS", "UNINITIALIZED", "hooked_between", "hooks_of",
-    "is_batch_norm", "is_frozen", "is_known", "is_uninitialized", "kind_of", "names_of", "settle_lazy",
+    "is_batch_norm", "is_frozen", "is_known", "is_uninitialized", "kind_of", "names_of", "served", "settle_lazy",
 ]  # fmt: skip
 
 _KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
@@ -77,6 +78,16 @@ def settle_lazy(model: nn.Module) -> None:
             kind._infer_parameters(layer, (torch.empty(1, layers.channels_of(layer), device="meta"),))
         if getattr(layer, "num_features", None) == 0:
             kind.num_features = layers.channels_of(layer)
+
+
+def served(
+    model: nn.Module, obstacle: Callable[[nn.Module], str | None]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The batch normalization layers of a model, by their first names, without an obstacle; and those of the others."""
+    layers = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
+    reasons = {name: obstacle(layer) for name, layer in layers.items()}
+    skipped = {name: why for name, why in reasons.items() if why is not None}
+    return {name: layer for name, layer in layers.items() if name not in skipped}, skipped
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
