@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freeze import frozen_statistics as frozen_statistics
     from batchnorm.surgery.freeze import unfreeze as unfreeze
     from batchnorm.surgery.fusing.fuse import fuse as fuse
-    from batchnorm.surgery.recalibration.recalibrate import recalibrate as recalibrate
+    from batchnorm.surgery.inspect.preserve import preserved as preserved
+    from batchnorm.surgery.recalibrate import recalibrate as recalibrate
     from batchnorm.surgery.replace import replace as replace
 
 __version__ = "0.1.0"
@@ -70,7 +71,8 @@ _HOME = {
     "add_domain": "batchnorm.surgery.domains",
     "domain": "batchnorm.domains",
     "fuse": "batchnorm.surgery.fusing.fuse",
-    "recalibrate": "batchnorm.surgery.recalibration.recalibrate",
+    "preserved": "batchnorm.surgery.inspect.preserve",
+    "recalibrate": "batchnorm.surgery.recalibrate",
     "replace": "batchnorm.surgery.replace",
     "revert": "batchnorm.surgery.convert",
     "unfreeze": "batchnorm.surgery.freeze",

@@ -155,7 +155,7 @@ def test_a_checkpoint_gets_the_statistics_of_the_data_and_keeps_the_rest(here: P
     before = (here / old).read_bytes()
     result = recalibrate("--out", new, "--metric", "users:metric", "--json", "report.json", old=old)
     assert result.exit_code == 0, result.output
-    assert "1 recalibrated, 0 left: 3 batches, 21 samples" in result.stdout
+    assert "1 recalibrated, 0 skipped: 3 batches, 21 samples" in result.stdout
     assert f"{new}: 3 values changed" in result.stdout
     assert (here / old).read_bytes() == before
     report = json.loads((here / "report.json").read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def test_batches_that_are_not_finite_are_counted(here: Path) -> None:
     result = recalibrate("--out", "new.pt", data="users:with_nan")
     assert result.exit_code == 0, result.output
     assert "2 batches, 13 samples" in result.stdout
-    assert "1 batches left out: not finite" in result.stdout
+    assert "1 batches skipped: not finite" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def folded_right(x: Tensor) -> Tensor:
 def test_a_folded_checkpoint_loads_into_the_folded_model(here: Path, out: str) -> None:
     result = command("fold", "users:net", "--checkpoint", "old.pt", "--example", "users:example", "--out", out)
     assert result.exit_code == 0, result.output
-    assert "1 folded, 0 left" in result.stdout
+    assert "1 folded, 0 skipped" in result.stdout
     names = users()
     torch.manual_seed(5)
     x, other = names["example"](), names["Net"]()  # other weights

@@ -241,9 +241,9 @@ def test_reports() -> None:
     batchnorm.freeze(model[5])
     adapted = batchnorm.adapt(model, image())
     lines = str(adapted).splitlines()
-    assert lines[0] == ("1 layers adapted by 'moments' to 20 samples in 1 batch, 1 left; the source's share is 0%")
+    assert lines[0] == ("1 layers adapted by 'moments' to 20 samples in 1 batch, 1 skipped; the source's share is 0%")
     assert lines[1].startswith("  1  mean off by ")
-    assert lines[2] == "  5: left, it is frozen: batchnorm.unfreeze(model) before, to change it"
+    assert lines[2] == "  5: skipped, it is frozen: batchnorm.unfreeze(model) before, to change it"
     told = json.loads(json.dumps(adapted.as_dict(), allow_nan=False))
     assert told["layers"]["1"]["count"] == 300
     assert told["entropy"][0] > 0
@@ -367,7 +367,7 @@ def test_batches_that_are_not_finite_are_left_out() -> None:
     bad[3, 0, 0, 0] = torch.inf
     adapted = batchnorm.adapt(model, [bad, image(), bad])
     assert (adapted.batches, adapted.samples, adapted.skipped_batches) == (1, 20, 2)
-    assert "2 batches left out" in str(adapted)
+    assert "2 batches skipped" in str(adapted)
     batchnorm.adapt(other, image())
     assert_same(everything(model), everything(other))
 

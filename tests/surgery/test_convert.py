@@ -36,7 +36,7 @@ def test_a_converted_model_computes_the_same_with_our_kernels() -> None:
     report = batchnorm.convert(model)
     assert report.converted == {"1": "BatchNorm2d", "3": "BatchNorm2d"}
     assert report.skipped == {}
-    assert str(report) == "2 converted, 0 left\n  1: BatchNorm2d\n  3: BatchNorm2d"
+    assert str(report) == "2 converted, 0 skipped\n  1: BatchNorm2d\n  3: BatchNorm2d"
     for training in (True, False):
         torch.testing.assert_close(model.train(training)(image()), plain.train(training)(image()))
         assert kernels.ran().forward == ("numba" if training else "aten")
@@ -157,7 +157,7 @@ def test_what_might_compute_something_else_is_left(layer: nn.Module, reason: str
     assert list(report.skipped) == ["1"]
     assert reason in report.skipped["1"]
     assert type(layer) is kind
-    assert "  1: left, " in str(report)
+    assert "  1: skipped, " in str(report)
     back = batchnorm.revert(nn.Sequential(layer))
     assert back.converted == {}
     assert list(back.skipped) == (["0"] if kind is OwnShifted else [])

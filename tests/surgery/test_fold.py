@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 import batchnorm
 from batchnorm import recurrent
-from batchnorm.surgery.line import along_inputs, along_outputs, constant_through, line
+from batchnorm.surgery.inspect.affine import along_inputs, along_outputs, constant_through, scale_and_shift
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -118,9 +118,9 @@ def test_the_line_is_batch_norm_in_evaluation() -> None:
     torch.manual_seed(0)
     mean, weight, bias, x = torch.randn(4, 5, dtype=torch.float64)
     var = torch.rand(5, dtype=torch.float64)
-    scale, shift = line(mean, var, weight, bias, 1e-3, 5)
+    scale, shift = scale_and_shift(mean, var, weight, bias, 1e-3, 5)
     torch.testing.assert_close(scale * x + shift, F.batch_norm(x[None], mean, var, weight, bias, False, 0, 1e-3)[0])
-    scale, shift = line(mean.half(), None, None, None, 1e-3, 5)
+    scale, shift = scale_and_shift(mean.half(), None, None, None, 1e-3, 5)
     assert scale.tolist() == [1] * 5
     assert torch.equal(shift, -mean.half().double())
 
@@ -449,12 +449,18 @@ def test_reports() -> None:
     model = fresh(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
     said = str(batchnorm.fold(model)).splitlines()
     assert said == [
-        "1 folded, 1 left",
+        "1 folded, 1 skipped",
         "  1: into 0",
-        "  3: left, it follows ReLU, not a plain convolution or linear layer; followed by the model's output",
+        "  3: skipped, it follows ReLU, not a plain convolution or linear layer; followed by the model's output",
         "not verified: give example_inputs",
     ]
     assert "verified: outputs within" in str(batchnorm.fold(model, image(2)))
+    assert batchnorm.fold(model).as_dict() == {
+        "folded": {"1": "into 0"},
+        "skipped": {"3": "it follows ReLU, not a plain convolution or linear layer; followed by the model's output"},
+        "max_error": None,
+        "max_error_float64": None,
+    }
 
 
 def test_what_cannot_be_folded_at_all() -> None:

@@ -69,7 +69,7 @@ def test_a_frozen_model_trains_as_in_evaluation_and_comes_back(make: Callable[..
     report = batchnorm.freeze(model)
     name = kinds[1].__name__
     assert report.frozen == {"1": name, "4": name}
-    assert str(report) == f"2 frozen, 0 left\n  1: {name}\n  4: {name}"
+    assert str(report) == f"2 frozen, 0 skipped\n  1: {name}\n  4: {name}"
     assert model.train() is model
     assert [m.training for m in model] == [True, False, True, True, False]
     for found, expected in zip(gradients(model, image()), gradients(right, image()), strict=True):
@@ -310,7 +310,7 @@ def test_what_cannot_be_frozen_has_its_reason() -> None:
         "it has no running statistics",
         "it is parametrized, which would change its class",
     ]
-    assert "  1: left, it has no running statistics" in str(report)
+    assert "  1: skipped, it has no running statistics" in str(report)
     assert all(m.training for m in model)
 
 

@@ -113,8 +113,8 @@ def test_what_changed_and_what_did_not() -> None:
     assert result.method["bn1"] == "module replaced"
     assert result.method["layer1.0.bn1"] == "forward rewritten"
     text = str(result)
-    assert text.startswith("8 fused, 1 left\n  bn1: relu (module replaced)\n")
-    assert "  layer1.1.bn2: left, it is the residual of layer1.1.downsample.1" in text
+    assert text.startswith("8 fused, 1 skipped\n  bn1: relu (module replaced)\n")
+    assert "  layer1.1.bn2: skipped, it is the residual of layer1.1.downsample.1" in text
     assert "verified: outputs within" in text
     again = batchnorm.fuse(fused, image())
     assert again.fused == {}
@@ -130,6 +130,18 @@ def test_without_example_inputs_additions_wait() -> None:
     undecided = batchnorm.fuse(Undecided(nn.ReLU()))
     assert undecided.fused == {}
     assert undecided.skipped["norm"].endswith("; example_inputs would allow to observe it")
+
+
+def test_models_pickled_by_earlier_versions_find_their_classes() -> None:
+    torch.manual_seed(0)
+    fused = batchnorm.fuse(randomized(ResNet()), image()).model
+    pickled = pickle.dumps(fused, protocol=2)
+    before = pickled.replace(b"cbatchnorm.surgery.fused\n", b"cbatchnorm.surgery.fusing.rewrite\n")
+    assert {name for name in (b"Absorbed", b"_blank") if b"fusing.rewrite\n" + name in before} == {
+        b"Absorbed",
+        b"_blank",
+    }
+    assert_same(step(pickle.loads(before), image()), step(fused, image()))
 
 
 def test_copies_and_pickles_of_a_fused_model() -> None:

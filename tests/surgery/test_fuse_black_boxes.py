@@ -161,7 +161,7 @@ def test_who_ends_the_process_is_obeyed(error: BaseException) -> None:
 # --- what goes wrong later ---
 
 
-@pytest.mark.parametrize("place", ["_fuse", "_plain", "_rewritten"])
+@pytest.mark.parametrize("place", ["_fuse", "_plain", "rewritten"])
 def test_a_module_that_cannot_be_rewritten_stays_what_it_was(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = randomized(nn.Sequential(Tail(lambda m, x, y: y + x), Tail(lambda m, x, y: m.relu(y))))

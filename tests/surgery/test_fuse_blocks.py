@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm import kernels
-from batchnorm.surgery.tensors import tensors_in
+from batchnorm.surgery.inspect.tensors import tensors_in
 
 UNTRACEABLE = "cannot be traced: TypeError: '_Proxy' object does not support item assignment; observed: followed by add"
 # What is fused, and why the other layers are not: no activation follows them.

@@ -190,7 +190,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 @pytest.mark.parametrize(("make", "layer", "reason"), REASONS.values(), ids=REASONS.keys())
 def test_reasons(make: Callable[[], nn.Module], layer: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.surgery.fusing.fuse.check", lambda *_: None)  # noise has nothing to compare
+    monkeypatch.setattr("batchnorm.surgery.fusing.fuse.verify", lambda *_: None)  # noise has nothing to compare
     torch.manual_seed(0)
     result = batchnorm.fuse(make(), image())
     assert layer not in result.fused

@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str | None]] = {
 def test_memory_that_others_read_and_the_order_of_calls_stay(
     forward: Callable[[Any, Tensor], Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchnorm.surgery.fusing.fuse.check", lambda *_: None)  # the reason must come before
+    monkeypatch.setattr("batchnorm.surgery.fusing.fuse.verify", lambda *_: None)  # the reason must come before
     torch.manual_seed(0)
     result = batchnorm.fuse(randomized(Written(forward)).double(), image())
     assert result.skipped.get("a") == reason

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.kernels import ran
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.inspect.restoring import Restoring
 
 RESTORING = ("restoring.py", "preserve.py")
 EVERYTHING = ("",)

@@ -17,8 +17,8 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.restoring import completely
+from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.inspect.restoring import completely
 
 
 class StopError(Exception):
@@ -254,13 +254,13 @@ def test_a_block_hears_signals_and_may_set_handlers() -> None:
 def test_an_interruption_while_the_model_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     before = Snapshot(model)
-    restore: Callable[[Any], None] = batchnorm.surgery.preserve._Kept.restore
+    restore: Callable[[Any], None] = batchnorm.surgery.inspect.preserve._Kept.restore
 
     def interrupted(self: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         restore(self)
 
-    monkeypatch.setattr(batchnorm.surgery.preserve._Kept, "restore", interrupted)
+    monkeypatch.setattr(batchnorm.surgery.inspect.preserve._Kept, "restore", interrupted)
 
     def tried() -> None:
         with preserved(model):

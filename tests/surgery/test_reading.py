@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm import kernels
-from batchnorm.surgery.elementwise import recognized
-from batchnorm.surgery.find import is_batch_norm
+from batchnorm.surgery.inspect.elementwise import recognized
+from batchnorm.surgery.inspect.find import is_batch_norm
 from with_timm import timm
 
 C = 6

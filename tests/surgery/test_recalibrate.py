@@ -29,8 +29,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import batchnorm
 from batchnorm import Accumulated, Ghost, Moments, Renorm, Sync
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.measure import moments_of
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.recorder import moments_of
 from waiting import HANGS_AFTER
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -359,7 +359,7 @@ def test_what_is_left_is_left_and_named() -> None:
     for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
         before["values"][name] = after["values"][name]
     assert_same(after, before)
-    assert "4: left, it is held" in str(report)
+    assert "4: skipped, it is held" in str(report)
 
 
 def test_channels_elsewhere_than_in_dimension_1() -> None:
@@ -490,7 +490,7 @@ def test_batches_that_are_not_finite_are_left_out() -> None:
     report = batchnorm.recalibrate(model, data)
     batchnorm.recalibrate(right, [data[0], data[2]])
     assert (report.batches, report.samples, report.skipped_batches) == (2, 15, 2)
-    assert "2 batches left out: not finite" in str(report)
+    assert "2 batches skipped: not finite" in str(report)
     assert_same(model.state_dict(), right.state_dict())
 
 

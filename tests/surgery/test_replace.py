@@ -134,7 +134,7 @@ def test_what_would_leave_nothing_is_left() -> None:
         result = batchnorm.replace(model, by)
         assert list(result.skipped) == ["0", "1", "2"]
         assert result.skipped["0"] == "normalizing 3 values of a sample would leave little of them"
-    assert "1: left, normalizing 1 value of a sample" in str(result)
+    assert "1: skipped, normalizing 1 value of a sample" in str(result)
     assert batchnorm.replace(model, "instance").skipped["2"].startswith("SyncBatchNorm takes input of any dimensions")
     with pytest.raises(ValueError, match=r"expected 3D input \(got 2D input\): instance normalization of \(N, C\)"):
         model[0](torch.randn(4, 3))
@@ -362,7 +362,7 @@ def test_the_model_may_be_the_layer() -> None:
     result = batchnorm.replace(layer, None)
     assert result.model is layer
     assert type(layer) is nn.Identity
-    assert str(result).startswith("1 replaced, 0 left\n  (the model): removed")
+    assert str(result).startswith("1 replaced, 0 skipped\n  (the model): removed")
 
 
 @pytest.mark.parametrize("make", [resnet, mobilenet_v1])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
-from batchnorm.surgery.tensors import copied, tensors_in
-from batchnorm.surgery.verify import check, largest_difference
+from batchnorm.surgery.inspect.tensors import copied, tensors_in
+from batchnorm.surgery.inspect.verify import largest_difference, verify
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ def test_tensors_are_found_in_whatever_a_forward_returns(wrap: Callable[[Tensor]
     wrong = copy.deepcopy(model)
     wrong.relu = nn.LeakyReLU(0.1)
     with pytest.raises(RuntimeError, match="outputs differ"):
-        check(model, wrong, image())
+        verify(model, wrong, image())
 
 
 def test_each_tensor_is_found_once() -> None:
@@ -87,7 +87,7 @@ def test_recomputed_batches_count_once(reentrant: bool) -> None:
     wrong = copy.deepcopy(result.model)
     wrong.second.momentum = 0.19  # two steps of 0.1
     with pytest.raises(RuntimeError, match="outputs differ"):
-        check(model, wrong, x)
+        verify(model, wrong, x)
 
 
 class AsksForGradients(nn.Module):
@@ -130,9 +130,9 @@ def test_gradients_of_the_input_count_where_nothing_learns() -> None:
 
     model = nn.Sequential(nn.BatchNorm2d(2, affine=False), nn.ReLU())
     wrong = nn.Sequential(nn.BatchNorm2d(2, affine=False), nn.ReLU(), Rounds())
-    assert check(model, copy.deepcopy(model), image()).gradients == 0
+    assert verify(model, copy.deepcopy(model), image()).gradients == 0
     with pytest.raises(RuntimeError, match="gradients differ"):
-        check(model, wrong, image())
+        verify(model, wrong, image())
 
 
 class Written(nn.Module):
@@ -157,7 +157,7 @@ def test_rounding_is_told_from_mistakes_where_float64_is_no_choice(dtype: torch.
         wrong = copy.deepcopy(model)
         wrong.relu = act
         with pytest.raises(RuntimeError, match="differ"):
-            check(model, wrong, 10 * x)
+            verify(model, wrong, 10 * x)
 
 
 def test_a_model_that_gives_nothing_to_compare_says_what_to_do() -> None:

@@ -22,10 +22,10 @@ from batchnorm.benchmark.timing import Call
 from batchnorm.reports.progress import Advance
 from batchnorm.statistics import Batch
 from batchnorm.surgery.convert import convert
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.find import is_batch_norm
 from batchnorm.surgery.fusing.fuse import fuse
-from batchnorm.surgery.tensors import copied
+from batchnorm.surgery.inspect.example import copied_inputs, forward, in_mode, seeded
+from batchnorm.surgery.inspect.find import is_batch_norm
+from batchnorm.surgery.inspect.tensors import copied
 
 AS_IS, CONVERTED, FUSED = "as it is", "converted", "fused"
 TRAINING, EVALUATION = "training step", "evaluation"
@@ -161,7 +161,7 @@ def gain(model: nn.Module, example_inputs: Any, seconds: float = 0.15, advance: 
         ValueError: if the model has no batch normalization, none that could be converted, or is not on the CPU.
     """
     with seeded(model):  # and afterwards the generators as they were
-        return _gain(model, own(example_inputs), seconds, advance or (lambda *_: None))
+        return _gain(model, copied_inputs(example_inputs), seconds, advance or (lambda *_: None))
 
 
 def _gain(model: nn.Module, inputs: Any, seconds: float, tell: Advance) -> Gain:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels.cpu import Sets
-from batchnorm.surgery.example import forward, in_mode
-from batchnorm.surgery.tensors import tensors_in
+from batchnorm.surgery.inspect.example import forward, in_mode
+from batchnorm.surgery.inspect.tensors import tensors_in
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from batchnorm.benchmark.timing import Call
-from batchnorm.surgery.example import forward, in_mode, seeded
-from batchnorm.surgery.tensors import copied, tensors_in
+from batchnorm.surgery.inspect.example import forward, in_mode, seeded
+from batchnorm.surgery.inspect.tensors import copied, tensors_in
 
 ALLOWED = 2.0  # times the other one's own error; which of two roundings turns more activations over is chance
 ROUNDING = 1e-5  # relative; below, both are as good as float32 can be

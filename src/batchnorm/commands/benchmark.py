@@ -21,8 +21,8 @@ from batchnorm.commands import named
 from batchnorm.commands.fold import unwrapped
 from batchnorm.reports.files import write_text
 from batchnorm.reports.progress import Advance, progress
-from batchnorm.surgery.example import forward, in_mode, seeded
-from batchnorm.surgery.tensors import copied
+from batchnorm.surgery.inspect.example import forward, in_mode, seeded
+from batchnorm.surgery.inspect.tensors import copied
 
 __all__ = ["run"]
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.commands import checkpoints, named
 from batchnorm.reports.files import replacing
-from batchnorm.surgery.batches import inputs
-from batchnorm.surgery.example import in_mode
 from batchnorm.surgery.folding.fold import Folded, fold
+from batchnorm.surgery.inspect.batches import inputs
+from batchnorm.surgery.inspect.example import in_mode
 
 __all__ = ["run"]
 

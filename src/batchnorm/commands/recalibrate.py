@@ -12,7 +12,7 @@ from torch import nn
 
 from batchnorm.commands import checkpoints, named
 from batchnorm.reports.files import replacing
-from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
+from batchnorm.surgery.recalibrate import Recalibrated, recalibrate
 
 __all__ = ["run"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from batchnorm.integrations.training import Batches, Recalibration
-from batchnorm.surgery.batches import Forward, call
-from batchnorm.surgery.recalibration.recalibrate import Recalibrated
+from batchnorm.surgery.inspect.batches import Forward, call
+from batchnorm.surgery.recalibrate import Recalibrated
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

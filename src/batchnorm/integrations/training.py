@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.recalibration.recalibrate import Recalibrated, recalibrate
-from batchnorm.surgery.recalibration.sites import Site, sites_of
-from batchnorm.surgery.restoring import completely
+from batchnorm.surgery.inspect.batches import Forward
+from batchnorm.surgery.inspect.restoring import completely
+from batchnorm.surgery.measuring.sites import Site, sites_of
+from batchnorm.surgery.recalibrate import Recalibrated, recalibrate
 
 __all__ = ["Batches", "Recalibration", "undisturbed"]
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from batchnorm.integrations.training import Batches, Recalibration
-from batchnorm.surgery.batches import Forward
-from batchnorm.surgery.recalibration.recalibrate import Recalibrated
+from batchnorm.surgery.inspect.batches import Forward
+from batchnorm.surgery.recalibrate import Recalibrated
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

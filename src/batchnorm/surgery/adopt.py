@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation
 from batchnorm.any_rank import SyncBatchNorm
 from batchnorm.layers import OWN, widen_statistics
-from batchnorm.surgery.elementwise import activation_in
-from batchnorm.surgery.find import FROZEN, OURS, TORCHS, is_frozen
-from batchnorm.surgery.reading import Reading, inputs_for, read
-from batchnorm.surgery.trial import aside, plain_state, twin_of
+from batchnorm.surgery.inspect.elementwise import activation_in
+from batchnorm.surgery.inspect.find import FROZEN, NO_FORWARD, OURS, TORCHS, is_frozen, is_uninitialized
+from batchnorm.surgery.inspect.reading import Reading, inputs_for, read
+from batchnorm.surgery.inspect.trial import aside, close, once, twin_of
+from batchnorm.surgery.report import summary
 
 __all__ = ["SYNCED", "adopted_activation", "give_back", "obstacle", "settle", "take_over"]
 
@@ -37,7 +37,7 @@ def obstacle(layer: Any) -> str | None:
     if is_frozen(layer):
         return FROZEN
     if "forward" in vars(layer):
-        return "its forward has been replaced"
+        return NO_FORWARD
     momentum, eps = getattr(layer, "momentum", None), getattr(layer, "eps", 1)
     if momentum is not None and not 0 <= momentum <= 1:
         return f"momentum {momentum:g} is not between 0 and 1"
@@ -105,7 +105,7 @@ def _unfit(layer: Any) -> str | None:
         return "its input has no fixed number of dimensions"
     if nn.utils.parametrize.is_parametrized(layer):
         return "it is parametrized, which is a class of its own: remove the parametrizations"
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+    if is_uninitialized(layer):
         return "it has seen no input"
     found = read(layer)
     if isinstance(found, str):
@@ -115,12 +115,7 @@ def _unfit(layer: Any) -> str | None:
 
 def _trial(layer: nn.Module, found: Reading) -> str | None:
     """Run a layer and what would be made of it on the same numbers, in training and in evaluation."""
-    key = plain_state(layer)
-    if key is None:
-        return _differs(layer, found)
-    if key not in _tried:
-        _tried[key] = _differs(layer, found)
-    return _tried[key]
+    return once(layer, _tried, lambda one: _differs(one, found))
 
 
 def _differs(layer: nn.Module, found: Reading) -> str | None:
@@ -131,10 +126,10 @@ def _differs(layer: nn.Module, found: Reading) -> str | None:
                 _adopt(ours, found)
                 for training in (True, True, False):
                     for name, (a, b) in _steps(right, ours, x, training).items():
-                        if (a is None) is not (b is None) or (a is not None and not _close(a, b)):  # type: ignore[arg-type]
+                        if (a is None) is not (b is None) or (a is not None and not close(a, b, _TOLERANCE)):  # type: ignore[arg-type]
                             return f"on trial its {name} is not what ours gives"
     except Exception as error:  # whatever a layer does on trial
-        return f"it fails on trial: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"it fails on trial: {summary(error)}"
     return None
 
 
@@ -153,10 +148,6 @@ def _steps(right: Any, ours: Any, x: Tensor, training: bool) -> dict[str, tuple[
     if found[0].keys() != found[1].keys():
         raise RuntimeError(f"tensors {sorted(found[0].keys() ^ found[1].keys())} are not in both")
     return {name: (a, found[1][name]) for name, a in found[0].items()}
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, _TOLERANCE, _TOLERANCE)
 
 
 # --- what they become ---

@@ -10,31 +10,28 @@ from torch import nn
 
 from batchnorm.statistics import Policy, bind, check_policy, over_group, resolve
 from batchnorm.surgery.adopt import SYNCED, adopted_activation, give_back, obstacle, take_over
-from batchnorm.surgery.find import FROZEN, TORCHS, is_batch_norm, is_frozen
-from batchnorm.surgery.fusing.rewrite import Absorbed
-from batchnorm.surgery.fusing.undo import undo
+from batchnorm.surgery.fused import Absorbed, undo
+from batchnorm.surgery.inspect.find import FROZEN, TORCHS, is_batch_norm, is_frozen
+from batchnorm.surgery.report import Report
 
 __all__ = ["Converted", "convert", "revert"]
 
 
 @dataclass(frozen=True)
-class Converted:
+class Converted(Report):
     """What was done to a model.
 
     Attributes:
         converted: the qualified name of every module that changed, and the class that it has now. A layer with several
             names is listed under the first.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
     """
 
     converted: dict[str, str]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} converted, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {kind}" for name, kind in self.converted.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return self._text([f"{len(self.converted)} converted, {len(self.skipped)} skipped"], self.converted)
 
 
 def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
@@ -46,17 +43,17 @@ def convert(model: nn.Module, statistics: Policy | None = None) -> Converted:
     Subclasses of other packages, such as timm's ``BatchNormAct2d``, are read by what their forwards do: normalization,
     and perhaps an activation that is known here. They become subclasses of ours and of their own class, with its
     other methods and attributes; plain Python values that a forward reads are what they were when this function ran.
-    What else a subclass may do, and layers that are not torch.nn's, are left.
+    What else a subclass may do, and layers that are not torch.nn's, are skipped.
 
     ``nn.SyncBatchNorm`` is converted where ``statistics`` has ``Sync``, which then takes the layer's process group if
-    it names none; otherwise it is left, since its moments are those of all processes.
+    it names none; otherwise it is skipped, since its moments are those of all processes.
 
     Args:
         model: any module; it may be a batch normalization layer itself.
         statistics: a policy for all of the layers, those that are already ours included; None to leave theirs.
 
     Returns:
-        What was converted, and what was left, with the reason.
+        What was converted, and what was skipped, and why.
 
     Raises:
         TypeError: if ``statistics`` is not a policy.
@@ -102,7 +99,7 @@ def revert(model: nn.Module) -> Converted:
         model: any module; it may be a layer of ours itself.
 
     Returns:
-        What was reverted, and what was left: a layer that was made with an activation has no equal in torch.nn, and
+        What was reverted, and what was skipped: a layer that was made with an activation has no equal in torch.nn, and
         a part of a fused model may be fused with another part.
 
     Example:

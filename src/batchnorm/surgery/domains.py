@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.surgery.adopt import obstacle, settle
 from batchnorm.surgery.convert import Converted
-from batchnorm.surgery.find import is_batch_norm, settle_lazy
-from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
+from batchnorm.surgery.fused import Absorbed, Rewritten
+from batchnorm.surgery.inspect.find import is_batch_norm, is_uninitialized, settle_lazy
 
 __all__ = ["add_domain", "split_domains"]
 
@@ -30,7 +29,7 @@ def split_domains(model: nn.Module, domains: Iterable[str | int], *, shared_affi
         shared_affine: one weight and one bias for all domains.
 
     Returns:
-        What was converted, and what was left, with the reason.
+        What was converted, and what was skipped, and why.
 
     Raises:
         ValueError: unusable names; a model that ``fuse`` has changed. Nothing has changed then.
@@ -96,7 +95,7 @@ def _obstacle(layer: Any) -> str | None:
     reason = obstacle(layer)
     if reason is not None:
         return reason
-    if any(is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values())):
+    if is_uninitialized(layer):
         return "it does not know its number of channels yet: run the model once"
     if not {"weight", "bias"} <= layer._parameters.keys():
         return "its weight is pruned"

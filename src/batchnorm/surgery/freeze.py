@@ -9,13 +9,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.parameter import is_lazy
 
 from batchnorm.activations import Activation, applied
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.choice import record, which
-from batchnorm.surgery.find import TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.find import (
+    NO_STATISTICS,
+    TORCHS,
+    UNINITIALIZED,
+    is_batch_norm,
+    is_frozen,
+    is_known,
+    is_uninitialized,
+    served,
+    settle_lazy,
+)
+from batchnorm.surgery.inspect.restoring import Restoring
+from batchnorm.surgery.report import Report
 from batchnorm.takeover import Guarded
 
 __all__ = ["Frozen", "freeze", "frozen_statistics", "unfreeze"]
@@ -28,23 +38,20 @@ _Self = TypeVar("_Self", bound="_Held")
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(Report):
     """Which layers of a model are frozen.
 
     Attributes:
         frozen: for every frozen layer, by its qualified name, its class and what of it still learns. A layer with
             several names is listed under the first.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
     """
 
     frozen: dict[str, str]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.frozen)} frozen, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.frozen.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return self._text([f"{len(self.frozen)} frozen, {len(self.skipped)} skipped"], self.frozen)
 
 
 @dataclass
@@ -106,7 +113,7 @@ class _Lean(_Held):
         mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
         activation, inplace = getattr(layer, "activation", None), getattr(layer, "inplace", False)
         lean = _worth_it(input, weight, bias, residual) and not inplace and _fits(input, mean, weight, residual)
-        if lean and not _left_to_the_loops(input, activation, weight, bias, mean, var, residual):
+        if lean and not _numba_serves(input, activation, weight, bias, mean, var, residual):
             y = _scaled(input, mean, var, weight, bias, layer.eps)
             return applied(activation, y if residual is None else y + residual)
         return batch_norm(
@@ -135,8 +142,8 @@ def _worth_it(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: T
     return any(t is not None and t.requires_grad for t in (x, bias, residual))
 
 
-def _left_to_the_loops(x: Tensor, activation: Activation | None, *others: Tensor | None) -> bool:
-    """Whether the loops are faster; they keep no x either."""
+def _numba_serves(x: Tensor, activation: Activation | None, *others: Tensor | None) -> bool:
+    """Whether the Numba kernel is faster; it keeps no x either."""
     if torch.compiler.is_compiling():
         return False
     record.forward = which(x, False, *others, fused=activation is not None or others[-1] is not None)
@@ -165,13 +172,10 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: T
 
 def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _made:
-        _made[kind] = _make(kind)
+        held = _Lean if is_known(kind) else _Held
+        body = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        _made[kind] = type(f"Frozen{kind.__name__}", (held, kind), body)
     return _made[kind]
-
-
-def _make(kind: type[nn.Module]) -> type[nn.Module]:
-    how = _Lean if is_known(kind) else _Held
-    return type(f"Frozen{kind.__name__}", (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _rebuilt(kind: type[nn.Module]) -> nn.Module:
@@ -195,7 +199,7 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         affine: fix weight and bias too. Their gradients are dropped, since an optimizer would apply what was left over.
 
     Returns:
-        What is frozen, and what was left, with the reason. Freezing again releases nothing.
+        What is frozen, and what was skipped, and why. Freezing again releases nothing.
 
     Example:
         >>> print(batchnorm.freeze(model.backbone))
@@ -203,29 +207,22 @@ def freeze(model: nn.Module, affine: bool = True) -> Frozen:
         >>> batchnorm.unfreeze(model)
     """
     settle_lazy(model)
-    frozen, skipped = {}, {}
-    for name, layer in model.named_modules():
-        if not is_batch_norm(layer):
-            continue
-        reason = _obstacle(layer)
-        if reason is not None:
-            skipped[name] = reason
-            continue
+    layers, skipped = served(model, _obstacle)
+    for layer in layers.values():
         if not is_frozen(layer):
             _hold(layer)
         if affine:
             _fix(layer)
-        frozen[name] = _told(layer)
-    return Frozen(frozen, skipped)
+    return Frozen({name: _told(layer) for name, layer in layers.items()}, skipped)
 
 
 def _obstacle(layer: Any) -> str | None:
     if is_frozen(layer):
         return None
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
-        return "it has seen no input, and has no statistics yet: run the model once"
+    if is_uninitialized(layer):
+        return UNINITIALIZED
     if getattr(layer, "running_mean", None) is None or getattr(layer, "running_var", None) is None:
-        return "it has no running statistics: it normalizes with the batch's in evaluation, too"
+        return NO_STATISTICS
     if torch.nn.utils.parametrize.is_parametrized(layer):
         return "it is parametrized, which would change its class: remove the parametrizations"
     return None
@@ -311,7 +308,7 @@ class frozen_statistics(Restoring):  # noqa: N801 - it is used like a function
         """Take down which layers move their statistics."""
         layers: dict[str, Any] = {name: m for name, m in self._model.named_modules() if is_batch_norm(m)}
         for name, layer in layers.items():
-            if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+            if is_uninitialized(layer):
                 raise ValueError(
                     f"{name or 'the model'} ({type(layer).__name__}) has seen no input, which would make its "
                     "statistics: run the model once before"

@@ -8,17 +8,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, bind
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
-from batchnorm.surgery.find import OURS, TORCHS, is_batch_norm, is_frozen, is_known, settle_lazy
-from batchnorm.surgery.folding.handover import handed_over, share_of
-from batchnorm.surgery.fusing.rewrite import Absorbed, Rewritten
-from batchnorm.surgery.sources import Search, Source
-from batchnorm.surgery.watched import missed
+from batchnorm.surgery.fused import Absorbed, Rewritten
+from batchnorm.surgery.inspect.affine import handed_over, share_of
+from batchnorm.surgery.inspect.find import (
+    NO_FORWARD,
+    OURS,
+    TORCHS,
+    is_frozen,
+    is_known,
+    is_uninitialized,
+    served,
+    settle_lazy,
+)
+from batchnorm.surgery.inspect.neighbours import Source, Sources
+from batchnorm.surgery.inspect.watched import missed
+from batchnorm.surgery.report import Report
 
 __all__ = ["Replaced", "replace"]
 
@@ -26,27 +35,27 @@ _WAYS = ("group", "layer", "instance", "rms")
 _USUAL_GROUPS = 32
 _FEWEST = 4  # values to normalize with each other: of two, nothing but their order would be left
 # Which attributes of a layer there still are afterwards, with the same meaning.
-_KEPT: dict[str | None, tuple[str, ...]] = {
+_REMAINING: dict[str | None, tuple[str, ...]] = {
     "group": ("weight", "bias", "eps"),
     "layer": ("weight", "bias", "eps"),
     "rms": ("weight", "eps"),
 }
-_KEPT["instance"] = ("num_features", *_KEPT["group"])
-_OWN = (
+_REMAINING["instance"] = ("num_features", *_REMAINING["group"])
+_DROPPED = (
     "num_features", "eps", "momentum", "affine", "track_running_stats",
     "process_group", "inplace",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Replaced:
+class Replaced(Report):
     """What was done to a model.
 
     Attributes:
         model: the model that was given, changed in place.
         replaced: the qualified name of every layer that was replaced, and what it has become. A layer with several
             names is listed under the first.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
         new_parameters: the names of the parameters that the model did not have: an optimizer must be told of them.
     """
 
@@ -56,12 +65,8 @@ class Replaced:
     new_parameters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} replaced, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        if self.new_parameters:
-            lines.append(f"new parameters, for the optimizer: {', '.join(self.new_parameters)}")
-        return "\n".join(lines)
+        new = [f"new parameters, for the optimizer: {', '.join(self.new_parameters)}"] if self.new_parameters else []
+        return self._text([f"{len(self.replaced)} replaced, {len(self.skipped)} skipped"], self.replaced, new)
 
 
 def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = None) -> Replaced:
@@ -89,7 +94,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
             arguments; more than one sample.
 
     Returns:
-        What was replaced and by what, and what was left, with the reason: layers that have seen no input, frozen and
+        What was replaced and by what, and what was skipped, and why: layers that have seen no input, frozen and
         fused ones (``unfreeze`` and ``revert`` first), subclasses and other packages'.
 
     Raises:
@@ -104,20 +109,13 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
     if by is not None and not isinstance(by, (str, Policy)):
         raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
     settle_lazy(model)
-    layers, skipped = {}, {}
     fused = _fused(model)
-    for name, layer in model.named_modules():
-        if is_batch_norm(layer):
-            reason = _obstacle(layer, by, layer in fused)
-            if reason is None:
-                layers[name] = layer
-            else:
-                skipped[name] = reason
+    layers, skipped = served(model, lambda layer: _obstacle(layer, by, layer in fused))
     if isinstance(by, Policy):
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
-    search = Search(model, example_inputs) if layers else None
+    search = Sources(model, example_inputs) if layers else None
     for name, layer in list(layers.items()):
-        reason = None if search is None else missed(search.asked.get(layer, ()), _KEPT.get(by, ()))
+        reason = None if search is None else missed(search.attributes_read.get(layer, ()), _REMAINING.get(by, ()))
         if reason is not None:
             skipped[name] = reason
             del layers[name]
@@ -145,10 +143,10 @@ def _obstacle(layer: Any, by: str | Policy | None, fused: bool) -> str | None:
     if reason is not None:
         return reason
     if "forward" in vars(layer):
-        return "its forward has been replaced"
+        return NO_FORWARD
     if fused:
         return "it is fused: call batchnorm.revert(model) before"
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+    if is_uninitialized(layer):
         return "it has seen no input, and does not know its channels: run the model once"
     channels = channels_of(layer)
     few = channels < _FEWEST
@@ -211,7 +209,7 @@ def _become(layer: Any, made: nn.Module) -> None:
     if type(layer) in TORCHS:
         layer.statistics = None  # and with it what the layer remembers for it
         vars(layer).pop("_statistics", None)
-    for name in _OWN:
+    for name in _DROPPED:
         vars(layer).pop(name, None)
     if not hasattr(made, "activation"):
         vars(layer).pop("activation", None)
@@ -228,7 +226,7 @@ def _become(layer: Any, made: nn.Module) -> None:
 # --- none ---
 
 
-def _removed(layers: dict[str, Any], search: Search | None) -> tuple[dict[str, str], tuple[str, ...]]:
+def _removed(layers: dict[str, Any], search: Sources | None) -> tuple[dict[str, str], tuple[str, ...]]:
     """Remove layers; what has been done about each, and the names of new biases."""
     found = {} if search is None else {name: search.of(layer) for name, layer in layers.items()}
     done: dict[str, str] = {}

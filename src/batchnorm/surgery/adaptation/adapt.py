@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from batchnorm.moments import Moments
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.surgery.adaptation import tent
 from batchnorm.surgery.adaptation.predictions import Predictions
-from batchnorm.surgery.adaptation.target import Share, Target, measure, mixed
-from batchnorm.surgery.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.recalibration.passes import evaluation
-from batchnorm.surgery.recalibration.sites import Site, sites_of
-from batchnorm.surgery.report import for_json, listed
-from batchnorm.surgery.restoring import Restoring, completely
+from batchnorm.surgery.adaptation.target import Share, measure, mixed
+from batchnorm.surgery.inspect.batches import Forward, force_eager, unwrapped
+from batchnorm.surgery.inspect.preserve import Values
+from batchnorm.surgery.inspect.restoring import Restoring, completely
+from batchnorm.surgery.measuring.passes import PassResult
+from batchnorm.surgery.measuring.sites import Site, sites_of
+from batchnorm.surgery.report import Report, listed
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
@@ -51,13 +51,13 @@ class Shift:
     learned: str = ""
 
 
-class Adapted(Restoring):
+class Adapted(Report, Restoring):
     """What ``adapt`` has done to a model, and the way back; a context manager that takes it at the end.
 
     Attributes:
         method: "moments", "alpha" or "tent".
         layers: the shift of every layer that was adapted, by its qualified name.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
         source_share: the source's part in the running statistics now; 0 where only the target's count.
         batches, samples: of the data.
         skipped_batches: those with moments that were not finite, which count nowhere.
@@ -67,12 +67,12 @@ class Adapted(Restoring):
     """
 
     def __init__(
-        self, method: Method, layers: dict[str, Shift], skipped: dict[str, str], source: float, seen: Target,
+        self, method: Method, layers: dict[str, Shift], skipped: dict[str, str], source: float, seen: PassResult,
         predictions: Predictions, warned: list[str], before: _Values,
     ) -> None:  # fmt: skip
         known = predictions.samples > 0
         self.method, self.layers, self.skipped, self.source_share = method, layers, skipped, source
-        self.batches, self.samples, self.skipped_batches = seen.batches, seen.samples, seen.skipped
+        self.batches, self.samples, self.skipped_batches = seen.batches, seen.samples, seen.dropped
         self.spread = predictions.spread if known else None
         self.entropy = (predictions.before, predictions.after) if known else None
         self.warnings = tuple(warned)
@@ -91,19 +91,11 @@ class Adapted(Restoring):
         _write(self._before)
         self._before = []
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give the same for JSON, with None for numbers that are not finite."""
-        shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        found: dict[str, Any] = for_json(
-            {**shown, "layers": {name: asdict(shift) for name, shift in self.layers.items()}}
-        )
-        return found
-
     def __str__(self) -> str:
-        dropped = f", {self.skipped_batches} batches left out" if self.skipped_batches else ""
+        dropped = f", {self.skipped_batches} batches skipped" if self.skipped_batches else ""
         lines = [
             f"{len(self.layers)} layers adapted by {self.method!r} to {self.samples} samples in {self.batches} "
-            f"{'batch' if self.batches == 1 else 'batches'}{dropped}, {len(self.skipped)} left; "
+            f"{'batch' if self.batches == 1 else 'batches'}{dropped}, {len(self.skipped)} skipped; "
             f"the source's share is {self.source_share:.0%}"
         ]
         width = max((len(name) for name in self.layers), default=0)
@@ -113,8 +105,7 @@ class Adapted(Restoring):
                 f"  {name or '(the model)':{width}}  mean off by {shift.mean:.2f} deviations, deviation by "
                 f"{shift.scale:.0%}{also}"
             )
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
+        return self._text(lines, {}, [f"  warning: {text}" for text in self.warnings])
 
 
 def adapt(
@@ -169,7 +160,7 @@ def adapt(
         ValueError: unknown methods, options of another method or out of range, no data, only batches that are not
             finite, no layer that can be adapted, an entropy that is not finite.
         TypeError: for tent, a model that returns no class scores.
-        After any error, whoever raised it, the model is as it was.
+        After any error, whoever raised it, the model is as it was. One in the model's forward names the batch.
 
     Warns:
         UserWarning: where adapting tends to do harm: the source's and the data's samples together count for less than
@@ -189,15 +180,14 @@ def adapt(
     tent: Wang et al. 2021, arXiv 2006.10726.
     """
     given = {"prior": prior, "alpha": alpha, "steps": steps, "lr": lr}
-    _check(method, {name: value for name, value in given.items() if value is not None})
+    _check_options(method, {name: value for name, value in given.items() if value is not None})
     share = _share(method, prior or 0.0, 0.5 if alpha is None else alpha)
     batches = _batches(data, method)
     sites, skipped = _sites(model)
     learning = _learning(model, sites, skipped) if method == "tent" else {}
     parameters = [p for layer in learning.values() for p in tent.affine_of(layer).values()]
     predictions = Predictions()
-    with preserved(model, parameters), as_written():
-        evaluation(model)
+    with Values(parameters), force_eager():
         inner = unwrapped(model)
         seen = final = measure(inner, batches, sites, share, forward, predictions)
         if method == "tent":
@@ -205,18 +195,7 @@ def adapt(
             final = measure(inner, batches, sites, share, forward)
         learned = [p.detach().clone() for p in parameters]
     source = share(seen.samples)
-    layers: dict[str, Shift] = {}
-    after: _Values = []
-    for site in sites:
-        moments = final.moments.get(site)
-        if moments is None or not bool((moments.count > 1).any()):
-            skipped[site.name] = "the data gave it " + ("no values" if moments is None else "one value a channel")
-            continue
-        mean, var = mixed(site, moments, source)
-        after += [(site.layer, "running_mean", mean), (site.layer, "running_var", var)]
-        layers[site.name] = _shift(site, seen.moments.get(site, moments))
-    if not layers:
-        raise ValueError(f"no batch normalization layer was given more than one value a channel:{listed(skipped)}")
+    layers, after = _moved(sites, seen, final, source, skipped)
     measured = {site.layer for site in sites}
     for name, layer in learning.items():
         names = list(tent.affine_of(layer))
@@ -238,7 +217,7 @@ def adapt(
         raise
 
 
-def _check(method: str, given: dict[str, float]) -> None:
+def _check_options(method: str, given: dict[str, float]) -> None:
     if method not in _OPTIONS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _OPTIONS))}, got {method!r}")
     for name, value in given.items():
@@ -291,6 +270,26 @@ def _learning(model: nn.Module, sites: Iterable[Site], skipped: dict[str, str]) 
     return found
 
 
+def _moved(
+    sites: Iterable[Site], seen: PassResult, final: PassResult, source: float, skipped: dict[str, str]
+) -> tuple[dict[str, Shift], _Values]:
+    """How far off each layer was at first, and its new statistics; the layers without join those that are skipped."""
+    layers: dict[str, Shift] = {}
+    after: _Values = []
+    for site in sites:
+        first, moments = seen.clusters[site].total, final.clusters[site].total
+        if not bool((moments.count > 1).any()):
+            none = not bool((moments.count > 0).any())
+            skipped[site.name] = "the data gave it " + ("no values" if none else "one value a channel")
+            continue
+        mean, var = mixed(site, moments, source)
+        after += [(site.layer, "running_mean", mean), (site.layer, "running_var", var)]
+        layers[site.name] = _shift(site, first if bool((first.count > 0).any()) else moments)
+    if not layers:
+        raise ValueError(f"no batch normalization layer was given more than one value a channel:{listed(skipped)}")
+    return layers, after
+
+
 def _shift(site: Site, target: Moments) -> Shift:
     """Compare the target's moments with a layer's statistics, which must still be the source's."""
     mean, var = mixed(site, target, 0.0)
@@ -300,7 +299,7 @@ def _shift(site: Site, target: Moments) -> Shift:
     return Shift(float(target.count.max()), float(off.nan_to_num(math.inf)), float(scale.nan_to_num(math.inf)))
 
 
-def _warnings(seen: Target, source: float, predictions: Predictions) -> list[str]:
+def _warnings(seen: PassResult, source: float, predictions: Predictions) -> list[str]:
     texts = []
     behind = math.inf if source == 1 else seen.samples / (1 - source)
     if 0 < behind < _FEW:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery.adaptation.predictions import entropy, scores
-from batchnorm.surgery.batches import Forward, call, moved
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.recalibration.measure import normalize_with_the_batch
+from batchnorm.surgery.inspect.batches import Forward, call, moved
+from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.measuring.recorder import normalize_with_the_batch
 
 __all__ = ["affine_of", "learn"]
 

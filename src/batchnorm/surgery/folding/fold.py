@@ -14,22 +14,24 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.find import settle_lazy, shadow
 from batchnorm.surgery.folding.fold_graph import fold_graph, sized
-from batchnorm.surgery.folding.foldable import Borders, layers_of
-from batchnorm.surgery.folding.handover import Step, leaves_nothing, take
-from batchnorm.surgery.folding.neighbours import Observed, Traced
 from batchnorm.surgery.folding.proof import Proof
-from batchnorm.surgery.fusing.undo import undo
+from batchnorm.surgery.folding.steps import Step, apply, leaves_nothing
+from batchnorm.surgery.fused import undo
+from batchnorm.surgery.inspect.example import copied_inputs, forward, in_mode, seeded
+from batchnorm.surgery.inspect.find import settle_lazy
+from batchnorm.surgery.inspect.neighbours import Neighbours
+from batchnorm.surgery.inspect.obstacles import Obstacles, layers_of
+from batchnorm.surgery.inspect.recorded import recorded
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
 from batchnorm.surgery.norms import Zero
-from batchnorm.surgery.recorded import recorded
+from batchnorm.surgery.report import Report, summary
 
 __all__ = ["Folded", "fold"]
 
 
 @dataclass(frozen=True)
-class Folded:
+class Folded(Report):
     """A folded model, and what was done to it.
 
     Attributes:
@@ -48,16 +50,13 @@ class Folded:
     max_error_float64: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"{len(self.folded)} folded, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.folded.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
         if self.max_error is None:
-            lines.append("not verified: give example_inputs")
+            verified = "not verified: give example_inputs"
         elif self.max_error_float64 is None:
-            lines.append(f"verified: outputs within {self.max_error:.1e}; the model does not run in float64")
+            verified = f"verified: outputs within {self.max_error:.1e}; the model does not run in float64"
         else:
-            lines.append(f"verified: outputs within {self.max_error:.1e}, in float64 {self.max_error_float64:.1e}")
-        return "\n".join(lines)
+            verified = f"verified: outputs within {self.max_error:.1e}, in float64 {self.max_error_float64:.1e}"
+        return self._text([f"{len(self.folded)} folded, {len(self.skipped)} skipped"], self.folded, [verified])
 
 
 def fold(model: Any, example_inputs: Any = None) -> Folded:
@@ -72,7 +71,7 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
 
     Which modules are next to each other is observed in a run of the example inputs. Without these it is read from the
     graphs of all modules that torch.fx can trace; one that cannot be traced hides what it does itself, except for the
-    order in a ``Sequential``, and linear layers are left whose outputs might have more dimensions than two.
+    order in a ``Sequential``, and linear layers are skipped whose outputs might have more dimensions than two.
 
     Args:
         model: it is left as it was. Also a ``torch.fx.GraphModule`` or a ``torch.export.ExportedProgram``.
@@ -81,7 +80,7 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
 
     Returns:
         The copy in evaluation mode (it must stay there: in training it would not be the model that was given), and
-        which layers were folded and which were left, with the reasons.
+        which layers were folded and which were skipped, and why.
 
     Raises:
         RuntimeError: if the model gives other outputs in each run, so that nothing can be verified.
@@ -91,58 +90,58 @@ def fold(model: Any, example_inputs: Any = None) -> Folded:
     Example:
         >>> result = batchnorm.fold(torchvision.models.resnet50(), torch.randn(2, 3, 224, 224))
         >>> print(result)
-        53 folded, 0 left ...
+        53 folded, 0 skipped ...
         >>> torch.onnx.export(result.model, (torch.randn(1, 3, 224, 224),), "resnet50.onnx", dynamo=True)
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
     """
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         return _fold_graph(model, example_inputs)
-    _check(model)
+    _check_model(model)
     made = _undone(copy.deepcopy(model))
     if example_inputs is None:
-        steps, skipped = _search(made, Traced(made), Borders(made))
+        steps, skipped = _search(made, _traced(made), Obstacles(made))
         return _result(made, steps, skipped)
     inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-    outputs, seen, borders = _seen(made, inputs)
+    outputs, seen, obstacles = _seen(made, inputs)
     proof = Proof(made, inputs, outputs, _taken)
-    found, skipped = _search(made, seen, borders)
+    found, skipped = _search(made, seen, obstacles)
     steps = proof.sound(found)
     skipped |= {step.layer: why for step, why in proof.refused.items()}
     return _result(made, steps, skipped, proof)
 
 
-def _seen(model: nn.Module, inputs: Any) -> tuple[Any, Observed | Traced, Borders]:
+def _seen(model: nn.Module, inputs: Any) -> tuple[Any, Neighbours, Obstacles]:
     """What a model returns for example inputs, and what is next to what."""
     try:
         run = recorded(model, inputs)
     except Exception:  # it may not bear to be recorded; if it does not run at all, this raises again
-        return _outputs(model, inputs), Traced(model), Borders(model)
-    return run.outputs, Observed(model, run), Borders(model, run.called_with)
+        return _outputs(model, inputs), _traced(model), Obstacles(model)
+    return run.outputs, Neighbours(model, [run]), Obstacles(model, run.called_with)
+
+
+def _traced(model: nn.Module) -> Neighbours:
+    """What graphs show of a model that stays in evaluation."""
+    return Neighbours(model, modes=(False, False))
 
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:
     with seeded(model), torch.no_grad(), using("aten"):
-        return forward(copy.deepcopy(model), own(inputs))
+        return forward(copy.deepcopy(model), copied_inputs(inputs))
 
 
 def _taken(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    made, _ = shadow(model)  # steps put new parameters into modules, and write into none
-    take(made, steps)
+    made, _ = copy_sharing_parameters(model)  # steps put new parameters into modules, and write into none
+    apply(made, steps)
     return made
 
 
 def _result(made: nn.Module, steps: list[Step], skipped: dict[str, str], proof: Proof[Any] | None = None) -> Folded:
     """Take the steps, and tell."""
     tied = _tied(made)
-    take(made, steps)
-    return _told_of(made, {step.layer: _told(made, step, tied) for step in steps}, skipped, proof)
-
-
-def _told_of(model: nn.Module, folded: dict[str, str], skipped: dict[str, str], proof: Proof[Any] | None) -> Folded:
-    if proof is None:
-        return Folded(model, folded, skipped)
-    return Folded(model, folded, skipped, proof.error, proof.error_float64)
+    apply(made, steps)
+    folded = {step.layer: _told(made, step, tied) for step in steps}
+    return Folded(made, folded, skipped, *(() if proof is None else proof.errors))
 
 
 def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
@@ -155,7 +154,7 @@ def _fold_graph(model: fx.GraphModule | ExportedProgram, inputs: Any) -> Folded:
         sized(whole, inputs)
     proof: Proof[str] = Proof(whole, inputs, _outputs(whole, inputs), _folded)
     made, folded, skipped = fold_graph(given, proof.sound(list(fold_graph(whole)[1])))
-    return _told_of(made, folded, skipped | proof.refused, proof)
+    return Folded(made, folded, skipped | proof.refused, *proof.errors)
 
 
 def _folded(graph: Any, names: Sequence[str]) -> nn.Module:
@@ -169,7 +168,7 @@ def _undone(copied: nn.Module) -> nn.Module:
     return in_mode(copied, False)
 
 
-def _check(model: Any) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"fold needs a torch.nn.Module or a torch.export.ExportedProgram, but got {type(model).__name__}"
@@ -189,17 +188,17 @@ def _check(model: Any) -> None:
             )
 
 
-def _search(model: nn.Module, seen: Observed | Traced, borders: Borders) -> tuple[list[Step], dict[str, str]]:
+def _search(model: nn.Module, seen: Neighbours, obstacles: Obstacles) -> tuple[list[Step], dict[str, str]]:
     """The steps that can be taken; behind a layer that goes there may be another."""
     steps: list[Step] = []
-    layers, skipped = layers_of(model)
+    layers, others = layers_of(model)
     while True:
-        new = []
+        new, skipped = [], dict(others)
         for name, layer in layers.items():
             try:
-                found = _step(name, layer, seen, borders)
+                found = _step(name, layer, seen, obstacles)
             except Exception as error:  # of one layer; the others are none the worse
-                found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                found = summary(error)
             if isinstance(found, Step):
                 new.append(found)
             else:
@@ -208,35 +207,30 @@ def _search(model: nn.Module, seen: Observed | Traced, borders: Borders) -> tupl
             return steps, skipped
         steps += new
         gone = [layers.pop(step.layer) for step in new]
-        skipped = {name: reason for name, reason in skipped.items() if name not in {step.layer for step in new}}
-        seen.hand_on([layer for layer, step in zip(gone, new, strict=True) if leaves_nothing(layer, step)])
+        seen.mark_identities([layer for layer, step in zip(gone, new, strict=True) if leaves_nothing(layer, step)])
 
 
-def _step(name: str, layer: nn.Module, seen: Observed | Traced, borders: Borders) -> Step | str:
+def _step(name: str, layer: nn.Module, seen: Neighbours, obstacles: Obstacles) -> Step | str:
     """How a layer goes into its neighbours, or why it cannot."""
     around = seen.of(layer)
-    reasons = borders.before(layer, around), borders.after(layer, around)
+    reasons = obstacles.before(layer, around), obstacles.after(layer, around)
     if None in reasons:
         before = reasons[0] is None
-        modules = _named(around.before if before else around.after, borders)
-        return Step(name, modules, before, "residual" in around.given, around.guessed)
-    if borders.beside(layer, around) is None:
-        return Step(name, _named(around.beside, borders), before=False, beside=True)
+        modules = _named(around.before if before else around.after, obstacles)
+        return Step(name, modules, before, "residual" in around.extras, around.guessed)
+    if obstacles.beside(layer, around) is None:
+        return Step(name, _named(around.beside, obstacles), before=False, beside=True)
     return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
 
 
-def _named(shares: Any, borders: Borders) -> tuple[tuple[str, Tensor | None], ...]:
-    return tuple((borders.names[module][0], channels) for module, channels in shares)
+def _named(shares: Any, obstacles: Obstacles) -> tuple[tuple[str, Tensor | None], ...]:
+    return tuple((obstacles.names[module][0], channels) for module, channels in shares)
 
 
 def _tied(model: nn.Module) -> set[str]:
     """The names of the modules that share a parameter with others."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    return {
-        name
-        for name, m in model.named_modules()
-        if any(p is not None and owners[id(p)] > 1 for p in m._parameters.values())
-    }
+    return {name for name, m in model.named_modules() if any(owners[id(p)] > 1 for p in m._parameters.values())}
 
 
 def _told(made: nn.Module, step: Step, tied: set[str]) -> str:

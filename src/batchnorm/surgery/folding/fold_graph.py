@@ -16,8 +16,16 @@ from torch.fx.passes.shape_prop import ShapeProp
 from batchnorm.activations import module_of
 from batchnorm.epilogue import as_layers
 from batchnorm.kernels import using
-from batchnorm.surgery.folding.graph_layers import GraphLayers, Norm, RefusalError, Slot, Source, aten, gives_several
-from batchnorm.surgery.line import along_outputs, bias_behind, line
+from batchnorm.surgery.folding.graph_layers import (
+    GraphLayers,
+    NormCall,
+    RefusalError,
+    Slot,
+    SourceCall,
+    aten,
+    gives_several,
+)
+from batchnorm.surgery.inspect.affine import along_outputs, bias_behind, scale_and_shift
 
 __all__ = ["fold_graph", "sized"]
 
@@ -41,14 +49,14 @@ def fold_graph(
         only: the names of the layers to fold; all that can be by default.
 
     Returns:
-        The folded graph as a module; what was folded into what; and what was left, with the reason. A layer is named
+        The folded graph as a module; what was folded into what; and what was skipped, and why. A layer is named
         by its path in the model, or by its node where the graph does not say. The module made of a program
         shares the tensors that were not folded with it, as ``program.module()`` does.
 
     Raises:
         TypeError: for anything else.
 
-    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
+    SourceCall: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
 
     Example:
         >>> program = torch.export.export(model.eval(), (x,))
@@ -125,9 +133,9 @@ class _Folding:
                 if all(str(other.target) != slot.path for other in self._graph.nodes if other.op == "get_attr"):
                     delattr(slot.owner, slot.name)
 
-    def _fold(self, norm: Norm, source: Source) -> None:
+    def _fold(self, norm: NormCall, source: SourceCall) -> None:
         weight = source.weight.value.detach()
-        scale, shift = line(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, norm.mean.numel())
+        scale, shift = scale_and_shift(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, norm.mean.numel())
         scaled = along_outputs(weight, scale, source.groups, source.transposed)
         bias = bias_behind(None if source.bias is None else source.bias.value, scale, shift)
         self._put(source, source.weight, scaled.to(weight))
@@ -138,11 +146,11 @@ class _Folding:
         self._emptied |= {str(read.target).rpartition(".")[0] for read in norm.reads}
         self._replace(norm, source.node)
 
-    def _put(self, source: Source, slot: Slot, value: Tensor) -> None:
+    def _put(self, source: SourceCall, slot: Slot, value: Tensor) -> None:
         slot.put(value)
         self.layers.note(value, source.reader(slot))  # another layer may follow
 
-    def _add_bias(self, source: Source, bias: Tensor) -> None:
+    def _add_bias(self, source: SourceCall, bias: Tensor) -> None:
         owner, node = source.weight.owner, source.node
         name = "bias" if source.weight.name == "weight" else f"{source.weight.name}_bias"
         while getattr(owner, name, None) is not None:
@@ -161,7 +169,7 @@ class _Folding:
         else:
             node.update_kwarg("bias", read)
 
-    def _replace(self, norm: Norm, result: fx.Node) -> None:
+    def _replace(self, norm: NormCall, result: fx.Node) -> None:
         """Let the convolution's result go where the normalized tensor went."""
         node, layer = norm.node, norm.layer
         outputs = [user for user in node.users if user.target is operator.getitem] if gives_several(node) else [node]

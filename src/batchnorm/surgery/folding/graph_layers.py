@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import OURS, TORCHS, hooks_of, is_batch_norm, is_frozen
-from batchnorm.surgery.folding.ranks import rank_of
-from batchnorm.surgery.line import LINEAR_MAPS, TRANSPOSED
+from batchnorm.surgery.inspect.affine import LINEAR_MAPS, TRANSPOSED
+from batchnorm.surgery.inspect.find import (
+    NO_STATISTICS,
+    hooks_of,
+    is_batch_norm,
+    is_known,
+    kind_of,
+)
+from batchnorm.surgery.inspect.ranks import rank_of
 
-__all__ = ["GraphLayers", "Norm", "RefusalError", "Slot", "Source", "aten", "gives_several"]
+__all__ = ["GraphLayers", "NormCall", "RefusalError", "Slot", "SourceCall", "aten", "gives_several"]
 
 aten: Any = torch.ops.aten
 _FIRST = ("input", "weight", "bias")
@@ -79,17 +85,17 @@ class Slot(NamedTuple):
             setattr(self.owner, self.name, nn.Parameter(value, requires_grad=self.value.requires_grad))
 
 
-class Norm(NamedTuple):
+class NormCall(NamedTuple):
     """A batch normalization of the graph, whichever way it is written.
 
     Attributes:
-        node: its call, and `given` the node that it normalizes.
+        node: its call, and `input` the node that it normalizes.
         reads: the nodes that read its tensors, of a function.
         residual, layer: what it adds, and the layer itself, of a module.
     """
 
     node: fx.Node
-    given: fx.Node
+    input: fx.Node
     mean: Tensor
     var: Tensor
     weight: Tensor | None
@@ -100,7 +106,7 @@ class Norm(NamedTuple):
     layer: Any = None
 
 
-class Source(NamedTuple):
+class SourceCall(NamedTuple):
     """A convolution or linear layer of the graph, whichever way it is written."""
 
     node: fx.Node
@@ -151,7 +157,7 @@ class GraphLayers:
                 functions = (node for node in part.graph.nodes if node.op == "call_function" and node.target in NORMS)
                 yield from (f"{name}.{node.name}" for node in functions)
 
-    def norm_of(self, node: fx.Node) -> Norm:
+    def norm_of(self, node: fx.Node) -> NormCall:
         """Give what a batch normalization computes with, or refuse."""
         return self._norm_module(node) if node.op == "call_module" else self._norm_function(node)
 
@@ -183,10 +189,10 @@ class GraphLayers:
 
     # --- batch normalization ---
 
-    def _norm_function(self, node: fx.Node) -> Norm:
+    def _norm_function(self, node: fx.Node) -> NormCall:
         given = bound(node, NORMS[node.target])
         if given.get("running_mean") is None or given.get("running_var") is None:
-            raise RefusalError("it has no running statistics: it normalizes with the batch's in evaluation, too")
+            raise RefusalError(NO_STATISTICS)
         if given.get("training", False) is not False:
             raise RefusalError(
                 "it normalizes with the batch's statistics: trace or export the model in evaluation mode"
@@ -195,7 +201,7 @@ class GraphLayers:
         if gives_several(node) and not all(_is_first(user) for user in node.users):
             raise RefusalError("other results of it than the normalized tensor are used")
         reads = tuple(given[what] for what, tensor in tensors.items() if tensor is not None)
-        return Norm(
+        return NormCall(
             node, given["input"], tensors["running_mean"], tensors["running_var"], tensors["weight"], tensors["bias"],
             given.get("eps", 1e-5), reads,
         )  # fmt: skip
@@ -212,15 +218,15 @@ class GraphLayers:
                 raise RefusalError(f"{reader.name} uses its {what}, too, and may change it")
         return value
 
-    def _norm_module(self, node: fx.Node) -> Norm:
+    def _norm_module(self, node: fx.Node) -> NormCall:
         layer: Any = self._modules[str(node.target)]
-        kind = layer._frozen.kind if is_frozen(layer) else type(layer)
-        if kind not in {*OURS, *TORCHS, nn.SyncBatchNorm}:
+        kind = kind_of(layer)
+        if not is_known(kind):
             raise RefusalError(f"{kind.__name__} may compute something else than batch normalization")
         if layer.training:
             raise RefusalError("it is in training mode: call eval() before tracing")
         if layer.running_mean is None or layer.running_var is None:
-            raise RefusalError("it has no running statistics: it normalizes with the batch's in evaluation, too")
+            raise RefusalError(NO_STATISTICS)
         if "forward" in vars(layer) or hooks_of(layer):
             raise RefusalError("its forward has been replaced, or it has hooks")
         calls = [n for n in self._graph.nodes if n.op == "call_module" and self._modules[str(n.target)] is layer]
@@ -232,14 +238,14 @@ class GraphLayers:
         for t in (*layer.parameters(), *layer.buffers()):
             if self._readers[memory(t)] != {node}:
                 raise RefusalError("something else in the graph uses its parameters or statistics, and may change them")
-        return Norm(
+        return NormCall(
             node, given["input"], layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps,
             residual=given.get("residual"), layer=layer,
         )  # fmt: skip
 
     # --- what is before it ---
 
-    def source_of(self, norm: Norm) -> Source:
+    def source_of(self, norm: NormCall) -> SourceCall:
         """Give the convolution or linear layer that can take a batch normalization over, or refuse."""
         node, reader = _before_views(norm)
         part = self._modules.get(str(node.target)) if node.op == "call_module" else None
@@ -259,17 +265,17 @@ class GraphLayers:
             raise RefusalError(f"{source.name} has {outputs} channels, not {channels}")
         if reader is not norm.node and (source.transposed or weight.dim() != 2):
             raise RefusalError(f"it follows {reader.name}, not a convolution or linear layer")
-        shape = _shape(norm.given)
+        shape = _shape(norm.input)
         if shape is not None and len(shape) != weight.dim():
             raise RefusalError(f"{source.name} gives {tuple(shape)}, whose channels are not in dimension 1")
-        if shape is None and weight.dim() == 2 and rank_of(self._module, norm.given) != 2:
+        if shape is None and weight.dim() == 2 and rank_of(self._module, norm.input) != 2:
             raise RefusalError(
                 f"{source.name} may give (N, C) or (N, L, C), whose channels are not in dimension 1: example_inputs "
                 "would tell"
             )
         return source
 
-    def _check_alone(self, source: Source) -> None:
+    def _check_alone(self, source: SourceCall) -> None:
         """Refuse tensors that somebody else reads, and so would find changed."""
         for slot in (source.weight, source.bias):
             if slot is None:
@@ -277,15 +283,15 @@ class GraphLayers:
             if self._readers[memory(slot.value)] != {source.reader(slot)}:
                 raise RefusalError(f"{slot.path} is used elsewhere, too")
 
-    def _source_module(self, node: fx.Node, part: Any) -> Source:
+    def _source_module(self, node: fx.Node, part: Any) -> SourceCall:
         name = str(node.target)
         if "forward" in vars(part) or hooks_of(part):
             raise RefusalError(f"the forward of {name} has been replaced, or it has hooks")
         slots = [None if getattr(part, t) is None else Slot(part, t, f"{name}.{t}") for t in ("weight", "bias")]
         assert slots[0] is not None
-        return Source(node, name, slots[0], slots[1], isinstance(part, TRANSPOSED), getattr(part, "groups", 1))
+        return SourceCall(node, name, slots[0], slots[1], isinstance(part, TRANSPOSED), getattr(part, "groups", 1))
 
-    def _source_function(self, node: fx.Node) -> Source:
+    def _source_function(self, node: fx.Node) -> SourceCall:
         given = bound(node, _SOURCES[node.target])
         weight = given["weight"]
         if node.target in PRODUCTS:
@@ -298,7 +304,9 @@ class GraphLayers:
         slot = self.slot(weight)
         transposed = _SOURCES[node.target] is _TRANSPOSED or given.get("transposed", False)
         name = slot.path.removesuffix(".weight")
-        return Source(node, name, slot, None if bias is None else self.slot(bias), transposed, given.get("groups", 1))
+        return SourceCall(
+            node, name, slot, None if bias is None else self.slot(bias), transposed, given.get("groups", 1)
+        )
 
 
 def is_read(node: Any) -> bool:
@@ -321,12 +329,12 @@ def gives_several(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and len(node.target._schema.returns) > 1
 
 
-def _before_views(norm: Norm) -> tuple[Any, fx.Node]:
+def _before_views(norm: NormCall) -> tuple[Any, fx.Node]:
     """What is normalized, before it was seen in other shapes of as many features, and who reads it.
 
     A linear layer's (N, L, C) may be normalized as (N · L, C).
     """
-    node, reader = norm.given, norm.node
+    node, reader = norm.input, norm.node
     while node.target in _VIEWS and set(node.users) == {reader}:
         before: Any = node.args[0]
         shapes = _shape(before), _shape(node)

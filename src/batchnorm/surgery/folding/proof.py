@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.find import shadow
-from batchnorm.surgery.verify import comparable, evaluated, largest_difference
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
+from batchnorm.surgery.inspect.verify import comparable, evaluated, largest_difference
+from batchnorm.surgery.report import summary
 
 __all__ = ["Proof"]
 
@@ -24,8 +25,8 @@ class Proof(Generic[Step]):
 
     Attributes:
         refused: the steps that were left out, and why.
-        error: the largest difference of the folded model's outputs, relative to their tensor's largest value.
-        error_float64: the same with both models in float64; None if the model cannot run in it.
+        errors: the largest difference of the folded model's outputs, relative to their tensor's largest value; the
+            same with both models in float64, None if the model cannot run in it.
     """
 
     def __init__(
@@ -43,8 +44,7 @@ class Proof(Generic[Step]):
             ValueError: if there is no output to compare.
         """
         self.refused: dict[Step, str] = {}
-        self.error = 0.0
-        self.error_float64: float | None = None
+        self.errors: tuple[float, float | None] = 0.0, None
         self._model, self._inputs, self._folded = model, inputs, folded
         self._right = comparable(outputs)
         self._limit = max([1e-5, *(_COARSE.get(p.dtype, 0.0) for p in model.parameters())])
@@ -52,7 +52,7 @@ class Proof(Generic[Step]):
         try:
             wide = copy.deepcopy(model).double()
             self._wide_inputs = tree_map(_doubled, inputs)
-            self._wide_right = evaluated(shadow(wide)[0], self._wide_inputs, copy=False)
+            self._wide_right = evaluated(copy_sharing_parameters(wide)[0], self._wide_inputs, copy=False)
         except Exception:  # a dtype is written into the model, in whatever way
             return
         self._wide, self._limit = wide, 1e-9
@@ -72,9 +72,7 @@ class Proof(Generic[Step]):
 
     def _measured(self, steps: list[Step]) -> list[Step]:
         if self._wide is not None:
-            self.error = largest_difference(
-                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
-            )
+            self.errors = self._own_difference(steps), self.errors[1]
         return steps
 
     def _halved(self, kept: list[Step], steps: list[Step]) -> list[Step]:
@@ -92,7 +90,7 @@ class Proof(Generic[Step]):
         try:
             error = self._difference(steps)
         except Exception as failure:
-            return f"without it a forward fails ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0]})"
+            return f"without it a forward fails ({summary(failure)})"
         if error <= self._limit:
             return None
         return (
@@ -102,16 +100,18 @@ class Proof(Generic[Step]):
 
     def _difference(self, steps: Sequence[Step]) -> float:
         if self._wide is None:
-            found = largest_difference(
-                evaluated(self._folded(self._model, steps), self._inputs, copy=False), self._right
-            )
-            self.error = found if found <= self._limit else self.error
+            found = self._own_difference(steps)
+            self.errors = (found, None) if found <= self._limit else self.errors
         else:
-            found = largest_difference(
-                evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False), self._wide_right
-            )
-            self.error_float64 = found if found <= self._limit else self.error_float64
+            outputs = evaluated(self._folded(self._wide, steps), self._wide_inputs, copy=False)
+            found = largest_difference(outputs, self._wide_right)
+            self.errors = (self.errors[0], found) if found <= self._limit else self.errors
         return found
+
+    def _own_difference(self, steps: Sequence[Step]) -> float:
+        """The difference in the model's own dtype."""
+        outputs = evaluated(self._folded(self._model, steps), self._inputs, copy=False)
+        return largest_difference(outputs, self._right)
 
 
 def _doubled(value: Any) -> Any:

@@ -7,36 +7,18 @@ not even ask (C++, an ``autograd.Function``, and so a reentrant checkpoint) find
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.activations import Activation
 from batchnorm.surgery.fusing.formulas import Y, in_place, step
+from batchnorm.surgery.inspect.recorded import only_asks
 
-__all__ = ["Activated", "Ahead", "only_asks"]
-
-# Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
-_VALUES = {getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")}
-_ASKING = {
-    getattr(Tensor, name)
-    for name in (
-        "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device",
-        "is_contiguous", "is_floating_point", "is_complex", "is_signed", "__len__", "__hash__",
-    )
-} | {torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
-# In evaluation they hand on what they are given.
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-
-
-def only_asks(function: Callable[..., Any], args: Any, result: Any) -> bool:
-    """Whether a call tells about a tensor without reading its values, or hands the tensor on as it is."""
-    return _is_asked(function) or (function in _DROPOUTS and bool(args) and result is args[0])
+__all__ = ["Activated", "Ahead"]
 
 
 @dataclass
@@ -70,7 +52,7 @@ class Activated(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = tree_map(_plain_if_done, (tuple(args), kwargs))
             marked = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Activated)]
-            if not marked or _is_asked(func):
+            if not marked or only_asks(func):
                 return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
             first = marked[0]
             if all(a._value is first._value for a in marked):
@@ -85,11 +67,6 @@ class Activated(Tensor):
             f"model was fused: {first._by.activation.name} has been applied to it. Call batchnorm.revert, or fuse with "
             "example_inputs that take this path"
         )
-
-
-def _is_asked(function: Any) -> bool:
-    getter = getattr(function, "__name__", "") == "__get__"
-    return function in _ASKING or (getter and function not in _VALUES)
 
 
 def _marked(y: Tensor, formula: str, by: Ahead) -> Activated:

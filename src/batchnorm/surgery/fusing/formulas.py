@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.activations import Activation, activation_of
 
-__all__ = ["Y", "clamps", "in_place", "is_addition", "step"]
+__all__ = ["Y", "clamps", "in_place", "step"]
 
 Y = "y"  # what is activated; what is computed from it on the way has its formula for a name
 
@@ -76,11 +76,6 @@ def step(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str 
 def clamps(operation: Any) -> bool:
     """Whether an operation's gradient is 1 where its argument is exactly at a bound; that of ``relu`` is 0 there."""
     return _named(operation) in ("clamp", "clamp_min")
-
-
-def is_addition(operation: Any) -> bool:
-    """Whether an operation adds two things."""
-    return _named(operation) == "add"
 
 
 def in_place(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -11,20 +11,21 @@ from torch import nn
 
 from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
-from batchnorm.surgery.example import calls_of
-from batchnorm.surgery.find import TORCHS, hooked_between
 from batchnorm.surgery.fusing.ahead import Ahead
 from batchnorm.surgery.fusing.observe import observed
 from batchnorm.surgery.fusing.rewrite import absorb
-from batchnorm.surgery.fusing.traced import Tracing
-from batchnorm.surgery.tensors import copied
-from batchnorm.surgery.verify import Errors, check
+from batchnorm.surgery.fusing.traced import Fusion
+from batchnorm.surgery.inspect.example import calls_of
+from batchnorm.surgery.inspect.find import TORCHS, hooked_between
+from batchnorm.surgery.inspect.tensors import copied
+from batchnorm.surgery.inspect.verify import Errors, verify
+from batchnorm.surgery.report import Report
 
 __all__ = ["Fused", "fuse"]
 
 
 @dataclass(frozen=True)
-class Fused:
+class Fused(Report):
     """A fused model, and what was done to it.
 
     Attributes:
@@ -50,16 +51,11 @@ class Fused:
     max_gradient_error: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} fused, {len(self.skipped)} left"]
-        lines += [f"  {name or '(the model)'}: {what} ({self.method[name]})" for name, what in self.fused.items()]
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        if self.max_error is None:
-            lines.append("not verified: give example_inputs")
-        else:
-            lines.append(
-                f"verified: outputs within {self.max_error:.1e}, gradients within {self.max_gradient_error:.1e}"
-            )
-        return "\n".join(lines)
+        done = {name: f"{what} ({self.method[name]})" for name, what in self.fused.items()}
+        verified = "not verified: give example_inputs"
+        if self.max_error is not None:
+            verified = f"verified: outputs within {self.max_error:.1e}, gradients within {self.max_gradient_error:.1e}"
+        return self._text([f"{len(self.fused)} fused, {len(self.skipped)} skipped"], done, [verified])
 
 
 def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
@@ -84,7 +80,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
             buffers and gradients of both models are compared in training and evaluation.
 
     Returns:
-        The copy, and what was fused and what was left, with the reasons.
+        The copy, and what was fused and what was skipped, and why.
 
     Raises:
         TypeError: if the model was scripted.
@@ -101,25 +97,25 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
     if isinstance(example_inputs, Mapping):  # of whatever class, which nothing need know
         example_inputs = dict(example_inputs)
     made = copied(model)
-    left = convert(made).skipped | _scripted(made)
-    tracing = Tracing(made, None if example_inputs is None else calls_of(made, example_inputs))
-    tracing.run()
-    _observe(made, example_inputs, tracing)
-    _adopted(made, tracing)
-    errors = None if example_inputs is None else check(model, made, example_inputs)
-    return _result(made, tracing, left, errors)
+    unconverted = convert(made).skipped | _scripted(made)
+    fusion = Fusion(made, None if example_inputs is None else calls_of(made, example_inputs))
+    fusion.run()
+    _observe(made, example_inputs, fusion)
+    _adopted(made, fusion)
+    errors = None if example_inputs is None else verify(model, made, example_inputs)
+    return _result(made, fusion, unconverted, errors)
 
 
-def _adopted(model: nn.Module, tracing: Tracing) -> None:
+def _adopted(model: nn.Module, fusion: Fusion) -> None:
     """Note the layers whose own class applied an activation behind normalization, which is one pass now."""
     for layer in model.modules():
         activation = adopted_activation(layer)
-        if activation is not None and layer not in tracing.fused:
-            tracing.note(layer, activation.name, "its class's own")
+        if activation is not None and layer not in fusion.fused:
+            fusion.note(layer, activation.name, "its class's own")
 
 
 def _scripted(model: nn.Module) -> dict[str, str]:
-    """The layers that TorchScript has compiled, and why they are left."""
+    """The layers that TorchScript has compiled, and why they are skipped."""
     return {
         name: "it was scripted: fuse before torch.jit.script"
         for name, module in model.named_modules()
@@ -127,43 +123,43 @@ def _scripted(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _observe(model: nn.Module, inputs: Any, tracing: Tracing) -> None:
+def _observe(model: nn.Module, inputs: Any, fusion: Fusion) -> None:
     """Look at a run for the layers that no graph shows."""
     candidates = []
-    for layer, why in tracing.unseen.items():
-        reason = tracing.obstacle(layer)
-        tracing.reasons[layer] = reason or f"{why}; example_inputs would allow to observe it"
+    for layer, why in fusion.unseen.items():
+        reason = fusion.obstacle(layer)
+        fusion.reasons[layer] = reason or f"{why}; example_inputs would allow to observe it"
         if reason is None and inputs is not None:
             candidates.append(layer)
     if not candidates:
         return
     for layer, found in observed(model, inputs, candidates).items():
         if isinstance(found, str):
-            tracing.reasons[layer] = f"{tracing.unseen[layer]}; observed: {found}"
+            fusion.reasons[layer] = f"{fusion.unseen[layer]}; observed: {found}"
             continue
         module, activation = found
-        name, place = tracing.name(layer), "" if module is None else tracing.name(module)
+        name, place = fusion.name(layer), "" if module is None else fusion.name(module)
         hooked = hooked_between(model, name, place)
         if hooked is not None:
-            tracing.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
+            fusion.reasons[layer] = f"{hooked} has hooks, which would see the fused output"
         elif module is None:
             layer._ahead = Ahead(activation, name)  # type: ignore[assignment]
-            tracing.note(layer, activation.name, "done ahead")
+            fusion.note(layer, activation.name, "done ahead")
         else:
             absorb(model, name, place, activation)
-            tracing.note(layer, activation.name, "observed")
+            fusion.note(layer, activation.name, "observed")
 
 
-def _result(model: nn.Module, tracing: Tracing, left: dict[str, str], errors: Errors | None) -> Fused:
-    layers = {tracing.name(m): m for m in model.modules() if type(m) in TORCHS}
-    fused = {name: tracing.fused[layer] for name, layer in layers.items() if layer in tracing.fused}
-    skipped = {name: tracing.reasons[layer] for name, layer in layers.items() if name not in fused}
+def _result(model: nn.Module, fusion: Fusion, unconverted: dict[str, str], errors: Errors | None) -> Fused:
+    layers = {fusion.name(m): m for m in model.modules() if type(m) in TORCHS}
+    fused = {name: fusion.fused[layer] for name, layer in layers.items() if layer in fusion.fused}
+    skipped = {name: fusion.reasons[layer] for name, layer in layers.items() if name not in fused}
     return Fused(
         model,
         fused,
-        left | skipped,
-        {name: tracing.methods[layers[name]] for name in fused},
-        tuple(sorted(tracing.name(module) for module in tracing.rewritten)),
+        unconverted | skipped,
+        {name: fusion.methods[layers[name]] for name in fused},
+        tuple(sorted(fusion.name(module) for module in fusion.rewritten)),
         None if errors is None else errors.outputs,
         None if errors is None else errors.gradients,
     )

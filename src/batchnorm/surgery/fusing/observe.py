@@ -1,28 +1,21 @@
-"""Fuse what a run shows where no graph can be had: an activation's module that is fed by one layer and nothing else."""
+"""Fuse what a run shows where no graph can be had: an activation that is fed by one layer and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import fx, nn
 
 from batchnorm.activations import Activation, activation_of
-from batchnorm.kernels import using
-from batchnorm.surgery.elementwise import activation_in
-from batchnorm.surgery.example import forward, in_mode, seeded
-from batchnorm.surgery.find import hooks_of, names_of, shadow
-from batchnorm.surgery.fusing.ahead import only_asks
-from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, step
-from batchnorm.surgery.fusing.patterns import has_zero_channels
-from batchnorm.surgery.tensors import tensors_in
+from batchnorm.surgery.fusing.formulas import clamps
+from batchnorm.surgery.fusing.patterns import Parts, activation_behind, has_zero_channels
+from batchnorm.surgery.inspect.elementwise import activation_in
+from batchnorm.surgery.inspect.find import hooks_of, names_of
+from batchnorm.surgery.inspect.paths import DROPOUTS, is_identity, name_of
+from batchnorm.surgery.inspect.recorded import Hooks, Run, recorded
 
-__all__ = ["Witness", "observed", "witnessed"]
-
-Found = tuple[nn.Module | None, Activation]
+__all__ = ["observed"]
 
 
 class _Applies(str):
@@ -31,141 +24,12 @@ class _Applies(str):
     activation: Activation
 
 
-@dataclass
-class _Value:
-    """A layer's output, or something computed from it that may become an activation.
-
-    Attributes:
-        tensor: kept alive, so that no other gets its id.
-        layer: whose output it is.
-        readers: what read the layer's output, or what was computed from it.
-        formula: what it is.
-        name: of the function that computed it from the output.
-        steps: what was computed from the output on the way to it.
-        kept: whether something else reads it than what makes an activation of it.
-    """
-
-    tensor: Tensor
-    layer: nn.Module
-    readers: list[nn.Module | str]
-    formula: str = Y
-    name: str = ""
-    steps: tuple[_Value, ...] = ()
-    kept: bool = False
-
-    def read(self, reader: nn.Module | str) -> None:
-        """Note a reader; what is computed from an output counts as what was computed first."""
-        if self.formula != Y:
-            self.kept, reader = True, self.name
-        if self.formula == Y or reader not in self.readers:
-            self.readers.append(reader)
+Reader = nn.Module | str  # an activation's module, or anything else's name
 
 
-class Witness(TorchFunctionMode):
-    """Watches who reads the outputs of layers.
-
-    Attributes:
-        readers: for every layer, what read each of its outputs: activation modules, or anything else's name.
-        fed: for every activation module, the layers whose outputs it read; None stands for anything else.
-        touched: the ids of those of the ``parameters`` that something else than an activation module read.
-    """
-
-    def __init__(
-        self, layers: Iterable[nn.Module], activations: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = ()
-    ) -> None:
-        super().__init__()
-        self.touched: set[int] = set()
-        self._parameters = {id(p) for p in parameters}
-        self.readers: dict[nn.Module, list[list[nn.Module | str]]] = {layer: [] for layer in layers}
-        self.fed: dict[nn.Module, set[nn.Module | None]] = {activation: set() for activation in activations}
-        self._values: dict[int, _Value] = {}
-        self._within: list[nn.Module] = []  # the activation that is running
-
-    def attach(self) -> None:
-        """Put the hooks in place."""
-        for layer in self.readers:
-            layer.register_forward_hook(self._left)
-        for activation in self.fed:
-            activation.register_forward_pre_hook(self._entered)
-            activation.register_forward_hook(self._finished, always_call=True)
-
-    def _left(self, layer: nn.Module, args: Any, output: Tensor) -> None:
-        self.readers[layer].append([])
-        self._values[id(output)] = _Value(output, layer, self.readers[layer][-1])
-
-    def _entered(self, activation: nn.Module, args: tuple[Any, ...]) -> None:
-        self._within.append(activation)
-        found = self._values.get(id(args[0])) if args else None
-        self.fed[activation].add(found.layer if found is not None and found.formula == Y else None)
-        if found is not None:
-            found.read(activation)
-
-    def _finished(self, activation: nn.Module, args: Any, output: Any) -> None:
-        self._within.pop()
-        if args and output is args[0]:  # in place: who reads it now reads the activation's
-            self._values.pop(id(output), None)
-
-    def returned(self, results: Any) -> None:
-        """Note that the model gives some outputs of layers away."""
-        for tensor in tensors_in(results):
-            if id(tensor) in self._values:
-                self._values[id(tensor)].read("who called the model")
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not self._within and not only_asks(func, args, result):
-            read = tree_leaves((args, kwargs))
-            self.touched |= self._parameters & {*map(id, read)}
-            values = [self._values[id(t)] for t in read if id(t) in self._values]
-            if values and not self._followed(values, func, args, kwargs, result):
-                for value in values:
-                    value.read(getattr(func, "__name__", str(func)))
-        return result
-
-    def _followed(self, values: list[_Value], func: Any, args: Any, kwargs: Any, result: Any) -> bool:
-        """Whether a call computes an activation of a layer's output, or a part of one."""
-        first, name = values[0], getattr(func, "__name__", str(func))
-        if any(value.readers is not first.readers for value in values):
-            return False
-        if clamps(func) and has_zero_channels(first.layer):
-            return False
-        found = step(func, *tree_map(self._formula, (tuple(args), dict(kwargs))))
-        steps = {id(part): part for value in values for part in (*value.steps, value) if part.formula != Y}
-        if isinstance(found, str):
-            first.readers.append(name)
-            made = _Value(result, first.layer, first.readers, found, name, tuple(steps.values()))
-            self._values[id(result)] = made
-        elif found is not None:
-            for part in steps.values():
-                if not part.kept and part.name in first.readers:
-                    first.readers.remove(part.name)
-            first.readers.append(_Applies(name))
-            first.readers[-1].activation = found  # type: ignore[union-attr]
-            if in_place(func, args, kwargs):  # who reads it now reads the activation's
-                self._values.pop(id(result), None)
-        return found is not None
-
-    def _formula(self, value: Any) -> Any:
-        known = self._values.get(id(value))
-        return value if known is None else known.formula
-
-    def verdict(self, layer: nn.Module) -> nn.Module | str:
-        """The activation that is all that ever reads a layer's output, and reads nothing else; or why there is none."""
-        readers = self.readers[layer]
-        if not readers:
-            return "the example_inputs do not reach it"
-        several = next((each for each in readers if len(each) != 1), None)
-        if several is not None:
-            return "its output is read by " + (" and ".join(map(_told, several)) or "nothing that a run can show")
-        found = {each[0] for each in readers}
-        activation = next(iter(found))
-        if len(found) > 1 or isinstance(activation, str):
-            return "followed by " + " or ".join(sorted(map(_told, found)))
-        return activation if self.fed[activation] == {layer} else "its activation's module serves others too"
-
-
-def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, Found | str]:
+def observed(
+    model: nn.Module, inputs: Any, layers: Iterable[nn.Module]
+) -> dict[nn.Module, tuple[nn.Module | None, Activation] | str]:
     """Run a copy of the model in training and in evaluation, and find the activation of each layer, or a reason.
 
     Args:
@@ -177,34 +41,32 @@ def observed(model: nn.Module, inputs: Any, layers: Iterable[nn.Module]) -> dict
         For each layer, what is all that is ever computed from its output; and the module that computes it and nothing
         else, if there is one.
     """
-    names = names_of(model)
+    layers, names = list(layers), names_of(model)
     found = {module: activation_in(module) or _activation(module) for module in names}
     known = {module: activation for module, activation in found.items() if activation is not None}
-    witness, original = _seen(model, inputs, layers, known)
-    return {original[layer]: _found(witness, layer, original, known, names) for layer in witness.readers}
+    runs = [recorded(model, inputs, training, {*layers, *known}) for training in (True, False)]
+    seen = _Seen(model, runs, known)
+    verdicts: dict[nn.Module, tuple[nn.Module | None, Activation] | str] = {}
+    for layer in layers:
+        alone = seen.verdict(layer)
+        if isinstance(alone, nn.Module) and len(names[alone]) == 1 and not hooks_of(alone):
+            verdicts[layer] = alone, known[alone]
+        else:
+            verdicts[layer] = _without_module(seen.readers[layer], str(alone))
+    return verdicts
 
 
-def _found(
-    witness: Witness,
-    layer: nn.Module,
-    original: dict[nn.Module, nn.Module],
-    known: dict[nn.Module, Activation],
-    names: dict[nn.Module, list[str]],
-) -> Found | str:
-    alone = witness.verdict(layer)
-    if isinstance(alone, nn.Module) and len(names[original[alone]]) == 1 and not hooks_of(original[alone]):
-        return original[alone], known[original[alone]]
-    activations = set()
-    for readers in witness.readers[layer]:
-        reader = readers[0] if len(readers) == 1 else ""
-        if isinstance(reader, nn.Module) and hooks_of(original[reader]):
-            return "its activation's module has hooks"
-        activations.add(_activation(reader))
+def _without_module(calls: list[list[Reader]], why: str) -> tuple[None, Activation] | str:
+    """The activation that a forward computes at each call of a layer, though by no module of the layer's own."""
+    alone = [readers[0] if len(readers) == 1 else "" for readers in calls]
+    if any(isinstance(reader, nn.Module) and hooks_of(reader) for reader in alone):
+        return "its activation's module has hooks"
+    activations = {_activation(reader) for reader in alone}
     activation = activations.pop() if len(activations) == 1 else None
-    return str(alone) if activation is None else (None, activation)
+    return why if activation is None else (None, activation)
 
 
-def _activation(reader: nn.Module | str) -> Activation | None:
+def _activation(reader: Reader) -> Activation | None:
     """What a reader computes, as far as it does so in steps that are known."""
     if isinstance(reader, str):
         return getattr(reader, "activation", None)
@@ -214,38 +76,83 @@ def _activation(reader: nn.Module | str) -> Activation | None:
         return None
 
 
-def _seen(
-    model: nn.Module, inputs: Any, layers: Iterable[nn.Module], readers: Iterable[nn.Module]
-) -> tuple[Witness, dict[nn.Module, nn.Module]]:
-    """Watch a copy of the model run; the original of each of its modules."""
-    twin, original = shadow(model)
-    twins = {module: part for part, module in original.items()}
-    witness = Witness([twins[layer] for layer in layers], [twins[reader] for reader in readers])
-    witness.attach()
-    for training in (True, False):
-        with seeded(twin), using("aten"), witness:
-            witness.returned(forward(in_mode(twin, training), inputs))
-    return witness, original
+class _Seen:
+    """Who reads the outputs of layers in some runs.
 
-
-def witnessed(
-    model: nn.Module, inputs: Any, layers: Iterable[nn.Module], readers: Iterable[nn.Module]
-) -> dict[nn.Module, nn.Module | str]:
-    """Run a copy of the model in training and in evaluation, and find which reader each layer feeds, or a reason.
-
-    Args:
-        model: it is left as it was.
-        inputs: as for ``forward``.
-        layers: to be observed.
-        readers: modules that may be all that reads a layer's output.
-
-    Returns:
-        For each layer, the reader that is all that ever reads it and reads nothing else.
+    Attributes:
+        readers: for every layer, what reads each of its outputs.
     """
-    witness, original = _seen(model, inputs, layers, readers)
-    verdicts = {original[layer]: witness.verdict(layer) for layer in witness.readers}
-    return {layer: found if isinstance(found, str) else original[found] for layer, found in verdicts.items()}
+
+    def __init__(self, model: nn.Module, runs: Iterable[Run], known: Mapping[nn.Module, Activation]) -> None:
+        self._parts, self._known = Parts(model, ""), known
+        self.readers: dict[nn.Module, list[list[Reader]]] = {}
+        self._fed: dict[nn.Module, set[nn.Module | None]] = {}  # for every activation's module, the layers it reads
+        for node in (node for run in runs for node in run.graph.nodes if node.op == "call_module"):
+            called = self._parts.called(node)
+            if called in known:
+                self._fed.setdefault(called, set()).add(self._layer_before(node))
+            else:
+                self.readers.setdefault(called, []).append(self._readers(node))
+
+    def verdict(self, layer: nn.Module) -> nn.Module | str:
+        """The module that is all that ever reads a layer's output, and reads nothing else; or why there is none."""
+        readers = self.readers.setdefault(layer, [])
+        if not readers:
+            return "the example_inputs do not reach it"
+        several = next((each for each in readers if len(each) != 1), None)
+        if several is not None:
+            return "its output is read by " + (" and ".join(map(_told, several)) or "nothing that a run can show")
+        found = {each[0] for each in readers}
+        activation = next(iter(found))
+        if len(found) > 1 or isinstance(activation, str):
+            return "followed by " + " or ".join(sorted(map(_told, found)))
+        return activation if self._fed[activation] == {layer} else "its activation's module serves others too"
+
+    def _readers(self, call: fx.Node) -> list[Reader]:
+        """What reads a layer's output at one call."""
+        end = call
+        while len(end.users) == 1 and _is_dropout(next(iter(end.users))):
+            end = next(iter(end.users))
+        for user in list(end.users):
+            if _is_around(user, str(call.target)):
+                user.args = tuple(given for given in user.args if given is not end)
+        readers = [self._reader(user) for user in end.users]
+        if all(isinstance(reader, str) for reader in readers):
+            activation, steps = activation_behind(end, self._parts)
+            clamped = any(clamps(step.target) for step in steps) and has_zero_channels(self._parts.called(call))
+            if activation is not None and not clamped:
+                readers = [_Applies(name_of(steps[-1]))]
+                readers[0].activation = activation  # type: ignore[union-attr]
+        return readers
+
+    def _reader(self, node: fx.Node) -> Reader:
+        if node.op == "output":
+            return "who called the model"
+        if node.op != "call_module":
+            return name_of(node)
+        called: nn.Module = self._parts.called(node)
+        return called if called in self._known else type(called).__name__
+
+    def _layer_before(self, node: fx.Node) -> nn.Module | None:
+        """The layer whose output an activation's module reads."""
+        given = node.args[0] if node.args else None
+        while isinstance(given, fx.Node) and _is_dropout(given):
+            given = given.args[0]
+        if not isinstance(given, fx.Node) or given.op != "call_module" or self._parts.called(given) in self._known:
+            return None
+        layer: nn.Module = self._parts.called(given)
+        return layer
 
 
-def _told(reader: nn.Module | str) -> str:
+def _is_dropout(node: fx.Node) -> bool:
+    """Whether a node is a dropout that hands on what it is given."""
+    return node.target in DROPOUTS and is_identity(node)
+
+
+def _is_around(node: fx.Node, layer: str) -> bool:
+    """Whether a node stands for hooks of a module that has the layer inside, which `hooked_between` looks for."""
+    return isinstance(node.target, Hooks) and layer.startswith(f"{node.target.module}.".removeprefix("."))
+
+
+def _told(reader: Reader) -> str:
     return reader if isinstance(reader, str) else type(reader).__name__

@@ -8,11 +8,15 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm.activations import Activation
-from batchnorm.surgery.find import hooks_of
-from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, is_addition, step
-from batchnorm.surgery.fusing.values import Form, Values
+from batchnorm.surgery.fusing.formulas import Y, clamps, in_place, step
+from batchnorm.surgery.fusing.values import ShapeAndDtype, Values
+from batchnorm.surgery.inspect.find import hooks_of
+from batchnorm.surgery.inspect.paths import SUMS, asks, is_sum, name_of
 
-__all__ = ["LEAVES", "Chain", "Parts", "additions_of", "calls_of_layers", "chain_of", "described", "has_zero_channels"]
+__all__ = [
+    "LEAVES", "Chain", "Parts", "activation_behind", "additions_of", "calls_of_layers", "chain_of", "described",
+    "has_zero_channels",
+]  # fmt: skip
 
 LEAVES = "its output leaves the graph"
 
@@ -87,7 +91,7 @@ def additions_of(calls: dict[nn.Module, list[fx.Node]], parts: Parts) -> dict[fx
     found: dict[fx.Node, list[fx.Node]] = {}
     for call in (call for several in calls.values() for call in several):
         user = _only_user(_past_identities(call, parts)[-1])
-        if user is not None and _is_add(user):
+        if user is not None and is_sum(user):
             found.setdefault(user, []).append(call)
     return found
 
@@ -105,7 +109,7 @@ def chain_of(call: fx.Node, parts: Parts, values: Values | None) -> Chain | str:
     """
     chain, nodes = Chain(call), _past_identities(call, parts)
     user = _only_user(nodes[-1])
-    if user is not None and _is_add(user):
+    if user is not None and is_sum(user):
         if len(call.args) + len(call.kwargs) > 1:
             return "it has a residual already"
         reason = _obstacle_to_adding(call, nodes[-1], user, values)
@@ -113,7 +117,7 @@ def chain_of(call: fx.Node, parts: Parts, values: Values | None) -> Chain | str:
             return reason
         chain.add, chain.nodes = user, [*nodes, user]
         nodes += _past_identities(user, parts)
-    chain.activation, chain.acts = _activation(nodes[-1], parts)
+    chain.activation, chain.acts = activation_behind(nodes[-1], parts)
     if chain.acts:
         if any(clamps(parts.called(node)) for node in chain.acts) and has_zero_channels(parts[str(call.target)]):
             return "weight and bias of a channel are 0, where a clamp's gradient is 1 and that of an activation 0"
@@ -140,18 +144,12 @@ def described(node: fx.Node, parts: Parts) -> str:
         name = str(node.target)
         kind = type(parts[name]).__name__ + (" with hooks" if hooks_of(parts[name]) else "")
         return f"{parts.full_name(name)} ({kind})"
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name_of(node)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a value; others only ask for its shape and the like, which the fused call does not change."""
-    return [user for user in node.users if not _asks(user)]
-
-
-def _asks(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel", "is_floating_point")
+    return [user for user in node.users if not asks(user, node)]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -164,13 +162,13 @@ def _past_identities(node: fx.Node, parts: Parts) -> list[fx.Node]:
     nodes = [node]
     while True:
         user = _only_user(nodes[-1])
-        if user is None or not _hands_on(user, parts):
+        if user is None or not _is_identity(user, parts):
             return nodes
         nodes.append(user)
 
 
-def _hands_on(node: fx.Node, parts: Parts) -> bool:
-    if node.op == "call_function" and is_addition(node.target) and not node.kwargs:  # sum() begins with 0 + x
+def _is_identity(node: fx.Node, parts: Parts) -> bool:
+    if node.op == "call_function" and name_of(node) in SUMS and not node.kwargs:  # sum() begins with 0 + x
         return len(node.args) == 2 and any(type(a) in (int, float) and a == 0 for a in node.args)
     module = parts[str(node.target)] if node.op == "call_module" else None
     return type(module) is nn.Identity and not hooks_of(module)
@@ -179,7 +177,7 @@ def _hands_on(node: fx.Node, parts: Parts) -> bool:
 # --- activations ---
 
 
-def _activation(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.Node]]:
+def activation_behind(end: fx.Node, parts: Parts) -> tuple[Activation | None, list[fx.Node]]:
     """The activation of a node's value, if that is all that becomes of it, and the nodes that compute it."""
     formulas: dict[fx.Node, str] = {end: Y}
     grown = True
@@ -220,20 +218,15 @@ def has_zero_channels(layer: Any) -> bool:
 # --- additions ---
 
 
-def _is_add(node: fx.Node) -> bool:
-    known = node.op in ("call_function", "call_method") and is_addition(node.target)
-    return known and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not node.kwargs
-
-
 def _obstacle_to_adding(call: fx.Node, end: fx.Node, add: fx.Node, values: Values | None) -> str | None:
     if add.args[0] is add.args[1]:
         return "it is added to itself"
-    if any(user < add for user in (*call.users, *end.users) if _asks(user)):
+    if any(user < add and asks(user, node) for node in (call, end) for user in node.users):
         return "its shape is asked for before the addition"
     residual: Any = next(a for a in add.args if a is not end)
     if values is None:
         return "an addition needs example_inputs, which tell the shapes"
-    ours, theirs = values.forms(end), values.forms(residual)
+    ours, theirs = values.shapes(end), values.shapes(residual)
     if not ours or not theirs:
         return "the example_inputs do not reach its addition"
     if len(ours) > 1 or ours != theirs:
@@ -245,5 +238,5 @@ def _obstacle_to_adding(call: fx.Node, end: fx.Node, add: fx.Node, values: Value
     return None
 
 
-def _listed(forms: set[Form]) -> str:
-    return " or ".join(sorted(f"{tuple(form.shape)} {str(form.dtype).removeprefix('torch.')}" for form in forms))
+def _listed(shapes: set[ShapeAndDtype]) -> str:
+    return " or ".join(sorted(f"{tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in shapes))

@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import Arguments, seeded
-from batchnorm.surgery.find import shadow
+from batchnorm.surgery.inspect.example import Arguments, seeded
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
 
-__all__ = ["Form", "Values"]
+__all__ = ["ShapeAndDtype", "Values"]
 
 
-class Form(NamedTuple):
+class ShapeAndDtype(NamedTuple):
     """What must agree between the normalized tensor and the residual."""
 
     shape: torch.Size
@@ -44,9 +44,9 @@ class Values:
     ) -> None:
         self._module, self._graph, self._calls, self._additions = module, graph, calls, additions
 
-    def forms(self, node: fx.Node) -> set[Form]:
+    def shapes(self, node: fx.Node) -> set[ShapeAndDtype]:
         """The shapes and dtypes that a value has; none if the calls do not reach it."""
-        return self._seen.forms.get(node, set())
+        return self._seen.shapes.get(node, set())
 
     def overwritten(self, call: fx.Node) -> bool:
         """Whether the input of a layer's call is something else by the time of the addition."""
@@ -58,7 +58,7 @@ class Values:
 
     @cached_property
     def _seen(self) -> _Run:
-        twin, _ = shadow(self._module)
+        twin, _ = copy_sharing_parameters(self._module)
         for part in twin.modules():
             part.training = False
         run = _Run(twin, self._graph, self._additions)
@@ -72,7 +72,7 @@ class Values:
 class _Run(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, additions: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
         super().__init__(module, graph=graph)
-        self.forms: dict[fx.Node, set[Form]] = {}
+        self.shapes: dict[fx.Node, set[ShapeAndDtype]] = {}
         self.overwritten: set[fx.Node] = set()
         self.shared: set[fx.Node] = set()
         self._additions = additions
@@ -97,7 +97,7 @@ class _Run(fx.Interpreter):
                 self.shared.add(n)
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.forms.setdefault(n, set()).add(Form(value.shape, value.dtype))
+            self.shapes.setdefault(n, set()).add(ShapeAndDtype(value.shape, value.dtype))
         return value
 
     def _read_later(self, addition: fx.Node) -> bool:

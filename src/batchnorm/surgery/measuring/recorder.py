@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,44 +17,50 @@ from batchnorm.layers import _Ours
 from batchnorm.moments import Moments, merge
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.recurrent.steps import Norm
-from batchnorm.surgery.find import is_known
-from batchnorm.surgery.reading import following, read
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.sites import Site, write
+from batchnorm.surgery.inspect.find import is_known
+from batchnorm.surgery.inspect.reading import following, read
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.sites import Site, write
 
-__all__ = ["Enough", "Watch", "finite", "given", "moments_of", "normalize_with_the_batch"]
+__all__ = ["Recorder", "Stop", "finite", "moments_of", "normalize_with_the_batch"]
 
-_LOOPS_FROM = 2**20  # elements; below, copying to float64 costs little, and nothing need be compiled
+_NUMBA_FROM = 2**20  # elements; below, copying to float64 costs little, and nothing need be compiled
 _CHUNK = 2**22  # elements that are copied to float64 at once
 
 
-class Enough(BaseException):
+class Stop(BaseException):
     """Ends a forward whose rest nobody needs; not an ``Exception``, which a model might catch."""
 
 
-class Watch:
+class Recorder:
     """Hooks on layers that take the moments of what they are called with; in recurrent ones, of every step.
 
-    Works within ``preserved``, which takes the hooks away again.
+    Works within ``preserved``, which takes the hooks away again. Nothing is recorded before the first ``start``.
 
     Args:
-        sites: what to watch.
-        until: raise ``Enough`` as soon as a layer has been called so often in one forward.
+        sites: what to record.
+        until: raise ``Stop`` as soon as a layer has been called so often in one forward.
+        then: called with a site and its moments for the current batch, before the layer itself runs.
 
     Attributes:
         seen: of every site that the current batch has reached, the moments over all calls.
         unfit: sites that were called with something whose second dimension is not their channels.
         reached: how often each layer was called, for the current batch.
-        rows: the first dimension of what the first layer was called with, for the current batch; 0 if none was.
+        samples: of the current batch; where it does not show them, what the first layer was called with has; or 0.
         before: what the batches before have given each site, for whoever keeps that.
     """
 
-    def __init__(self, sites: Iterable[Site], until: int | None = None) -> None:
-        self._until = until
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        until: int | None = None,
+        then: Callable[[Site, Moments], None] | None = None,
+    ) -> None:
+        self._until, self._then, self._recording = until, then, False
         self.seen: dict[Site, Moments] = {}
         self.unfit: dict[Site, str] = {}
         self.reached: dict[nn.Module, int] = {}
-        self.rows = 0
+        self.samples = 0
         self.before: Mapping[Site, Clusters] = {}
         self._with_batch: set[nn.Module] = set()
         of_layer: dict[nn.Module, list[Site]] = {}
@@ -68,18 +74,24 @@ class Watch:
             else:
                 layer.register_forward_pre_hook(self._hook(own[0]), with_kwargs=True)
 
-    def start(self) -> None:
-        """Forget the batch before."""
-        self.seen, self.reached, self.rows = {}, {}, 0
+    def start(self, samples: int = 0) -> None:
+        """Forget the batch before, and record the next one, of so many samples; 0 if it does not show how many."""
+        self.seen, self.reached, self.samples, self._recording = {}, {}, samples, True
+
+    def pause(self) -> None:
+        """Record nothing until the next ``start``."""
+        self._recording = False
 
     def _count(self, layer: nn.Module) -> None:
         self.reached[layer] = self.reached.get(layer, 0) + 1
         if self.reached[layer] == self._until:
-            raise Enough
+            raise Stop
 
     def _hook(self, site: Site) -> Any:
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, mask = given(layer, args, kwargs)
+        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._recording:
+                return
+            x, mask = _input(layer, args, kwargs)
             channels = site.mean.shape[0]
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or x.shape[1] != channels:
                 what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -87,13 +99,15 @@ class Watch:
             elif x.numel() > 0:
                 if mask is not None:
                     check_mask(mask, x)
+                self.samples = self.samples or len(x)
                 self._add(site, moments_of(x, mask))
-                self.rows = self.rows or len(x)
+                if self._then is not None:
+                    self._then(site, self.seen[site])
             self._count(layer)
             if site not in self.unfit:
                 self._rest(site, x)
 
-        return note
+        return record
 
     def _rest(self, site: Site, x: Tensor) -> None:
         """Let a layer that is given one value a channel, which has no variance, normalize with the batches before."""
@@ -128,7 +142,7 @@ class Watch:
         self.seen[site] = moments if before is None else merge(before, moments)
 
 
-def given(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """Find the input and, of a layer of ours, the mask in the arguments that a layer is called with."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     mask = kwargs.get("mask", args[2] if len(args) > 2 else None) if isinstance(layer, _Ours) else None
@@ -143,7 +157,7 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
         x: floating, not empty.
         mask: as in ``batchnorm.functional.batch_norm``: ``(N, *space)`` or what broadcasts to it, bool or weights.
     """
-    if mask is None and x.numel() >= _LOOPS_FROM and which(x) == "numba":
+    if mask is None and x.numel() >= _NUMBA_FROM and which(x) == "numba":
         x, plan = plans.laid_out(x.detach(), plans.inference_plan)
         C = x.shape[1]
         found = torch.zeros(1, 2, C, dtype=torch.float64, device="cpu")

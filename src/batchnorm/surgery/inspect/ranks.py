@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm import layers
-from batchnorm.surgery.find import OURS, TORCHS, is_frozen
-from batchnorm.surgery.folding.paths import asks, is_identity, name_of
-from batchnorm.surgery.line import CONVOLUTIONS
+from batchnorm.surgery.inspect.affine import CONVOLUTIONS
+from batchnorm.surgery.inspect.find import is_known, kind_of
+from batchnorm.surgery.inspect.paths import asks, is_identity, name_of
 
 __all__ = ["rank_of", "rank_taken"]
 
@@ -20,7 +20,6 @@ _FIXED: dict[type[nn.Module], int] = {
     nn.BatchNorm3d: 5,
     layers.BatchNorm3d: 5,
 }
-_NORMS = {*OURS, *TORCHS, nn.SyncBatchNorm}
 _KEEPING = frozenset(
     ("relu", "relu_", "relu6", "silu", "gelu", "sigmoid", "tanh", "leaky_relu", "hardswish", "hardtanh", "elu", "mish",
      "softplus", "linear", "batch_norm", "layer_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
@@ -48,7 +47,7 @@ def rank_of(module: nn.Module, node: fx.Node) -> int | None:
 
 def rank_taken(layer: nn.Module) -> int | None:
     """How many dimensions a batch normalization layer's input must have, if there is one number of them."""
-    return _FIXED.get(_kind(layer))
+    return _FIXED.get(kind_of(layer))
 
 
 def _said(module: nn.Module, node: fx.Node) -> int | None:
@@ -83,11 +82,6 @@ def _reduced(module: nn.Module, node: fx.Node) -> int | None:
     return before if given.get("keepdim") else before - (1 if isinstance(dims, int) else len(dims))
 
 
-def _kind(part: Any) -> type[nn.Module]:
-    kind: type[nn.Module] = part._frozen.kind if is_frozen(part) else type(part)
-    return kind
-
-
 def _is_number(size: Any) -> bool:
     """Whether a node is computed from single sizes of a tensor, and not all of them."""
     if isinstance(size, int):
@@ -105,8 +99,8 @@ def _keeps(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node's value has as many dimensions as its input."""
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
-        kind = _kind(part)
+        kind = kind_of(part)
         elementwise = kind.__module__ == "torch.nn.modules.activation" and kind is not nn.MultiheadAttention
         pooling = kind.__module__ == "torch.nn.modules.pooling"
-        return elementwise or pooling or kind in _NORMS or kind in (nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm)
+        return elementwise or pooling or is_known(kind) or kind in (nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm)
     return is_identity(node) or (node.op in ("call_function", "call_method") and name_of(node) in _KEEPING)

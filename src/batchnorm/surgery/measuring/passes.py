@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.batches import Forward, call, moved, samples
-from batchnorm.surgery.preserve import preserved
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.measure import Enough, Watch, finite, normalize_with_the_batch
-from batchnorm.surgery.recalibration.sites import Site, write
-from batchnorm.surgery.recalibration.together import Processes
+from batchnorm.surgery.inspect.batches import Forward, call, moved, samples
+from batchnorm.surgery.inspect.preserve import preserved
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.process_group import ProcessGroup
+from batchnorm.surgery.measuring.recorder import Recorder, Stop, finite, normalize_with_the_batch
+from batchnorm.surgery.measuring.sites import Site, write
 
-__all__ = ["How", "Seen", "Stopped", "batch_by_batch", "evaluation", "layer_by_layer"]
+__all__ = ["Options", "PassResult", "Stopped", "batch_by_batch", "in_batch", "in_evaluation", "layer_by_layer"]
 
 Progress = Callable[[int, int | None], None]
 Stopped = Literal["data", "batches", "tolerance"]
@@ -27,7 +27,7 @@ _FEW = 5  # batches, whose spread is too unsure to stop by
 
 
 @dataclass
-class How:
+class Options:
     """What a pass needs to know; ``recalibrate`` explains it."""
 
     forward: Forward | None
@@ -54,12 +54,12 @@ def _length(data: Iterable[Any]) -> int | None:
 
 
 @dataclass
-class Seen:
+class PassResult:
     """What one pass, or all passes, have seen.
 
     Attributes:
         clusters: of every site.
-        batches, samples, dropped: that counted, that were in them, that were left out for not being finite.
+        batches, samples, dropped: that counted, that were in them, that were skipped for not being finite.
         stopped: what ended it.
         unfit: for sites that cannot be measured, the reason.
         culprit: the first layer with moments that were not finite.
@@ -73,17 +73,24 @@ class Seen:
     unfit: dict[Site, str] = field(default_factory=dict)
     culprit: str | None = None
 
-    def add(self, seen: dict[Site, Any], size: int) -> None:
-        """Add one batch, unless anything in it is not finite."""
-        culprit = next((site.name for site, moments in seen.items() if not finite(moments, site)), None)
+    @classmethod
+    def over(cls, sites: Iterable[Site], unfit: dict[Site, str] | None = None) -> PassResult:
+        """Begin with no batches."""
+        clusters = {site: Clusters.empty(tuple(site.mean.shape), site.mean.device) for site in sites}
+        return cls(clusters, unfit={} if unfit is None else unfit)
+
+    def add(self, recorder: Recorder) -> bool:
+        """Add the batch that was recorded, unless anything in it is not finite; whether it was added."""
+        culprit = next((site.name for site, moments in recorder.seen.items() if not finite(moments, site)), None)
         if culprit is not None:
             self.culprit = self.culprit or culprit
             self.dropped += 1
-            return
-        for site, moments in seen.items():
+            return False
+        for site, moments in recorder.seen.items():
             self.clusters[site] = self.clusters[site].merged(Clusters.of(moments))
         self.batches += 1
-        self.samples += size
+        self.samples += recorder.samples
+        return True
 
     def precise(self, tolerance: float) -> bool:
         """Whether all that was reached has standard errors below the tolerance."""
@@ -100,13 +107,15 @@ class Seen:
         first = torch.tensor([self.batches, self.samples, self.dropped, *unfit], dtype=torch.float64, device="cpu")
         return torch.cat([first, *(c.packed().flatten().cpu() for c in self.clusters.values())])
 
-    def everybodys(self, processes: Processes) -> Seen:
+    def merged_over(self, group: ProcessGroup) -> PassResult:
         """Merge what all processes have seen: the same in all of them, to the last bit."""
-        if processes.size == 1:
+        if group.size == 1:
             return self
-        heard = processes.gathered(self.packed()).cpu()
+        heard = group.gathered(self.packed()).cpu()
         counts = heard[:, :3].sum(0)
-        whole = Seen({}, int(counts[0]), int(counts[1]), int(counts[2]), self.stopped, dict(self.unfit), self.culprit)
+        whole = PassResult(
+            {}, int(counts[0]), int(counts[1]), int(counts[2]), self.stopped, dict(self.unfit), self.culprit
+        )
         at = 3 + len(self.clusters)
         for number, (site, own) in enumerate(self.clusters.items()):
             if heard[:, 3 + number].any():
@@ -122,19 +131,19 @@ class Seen:
 
 
 def batch_by_batch(
-    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], how: How, processes: Processes
-) -> Seen:
+    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], options: Options, group: ProcessGroup
+) -> PassResult:
     """Measure all sites in one pass, in which every layer normalizes with its batch."""
-    with _measuring(model, sites, sites) as watch:
-        return _pass(model, data, sites, watch, how, processes)
+    with _measuring(model, sites, sites) as recorder:
+        return _pass(model, data, sites, recorder, options, group)
 
 
 def layer_by_layer(
-    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], how: How, processes: Processes
-) -> Seen:
+    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], options: Options, group: ProcessGroup
+) -> PassResult:
     """Measure one layer after the other, in the order of first calls, on what the layers before make in evaluation.
 
-    Running statistics are written as they are found: works within ``preserved``.
+    Running statistics are written as they are found; who calls this puts the old ones back.
 
     Raises:
         ValueError: if the data can be run through once only.
@@ -147,16 +156,16 @@ def layer_by_layer(
     own: dict[str, list[Site]] = {}
     for site in sites:
         own.setdefault(site.layer_name, []).append(site)
-    how.passes = 1 + len(own)
-    calls = _calls(model, data, sites, how)
-    order = processes.agreed(list(calls))
-    how.passes = 1 + len(order)
-    whole = Seen({site: Clusters.empty(tuple(site.mean.shape), site.mean.device) for site in sites})
+    options.passes = 1 + len(own)
+    calls = _calls(model, data, sites, options)
+    order = group.agreed(list(calls))
+    options.passes = 1 + len(order)
+    whole = PassResult.over(sites)
     left = list(own)
     for name in order:
         rest = [site for other in left for site in own[other]]
-        with _measuring(model, own[name], rest, calls.get(name)) as watch:
-            seen = _pass(model, data, own[name], watch, how, processes)
+        with _measuring(model, own[name], rest, calls.get(name)) as recorder:
+            seen = _pass(model, data, own[name], recorder, options, group)
         if seen.batches == 0:
             return seen  # which is an error for whoever asked
         whole.clusters.update(seen.clusters)
@@ -172,78 +181,88 @@ def layer_by_layer(
 
 @contextmanager
 def _measuring(
-    model: nn.Module, watched: Sequence[Site], with_batch: Sequence[Site], until: int | None = None
-) -> Iterator[Watch]:
-    """Make some layers normalize with their batch, and watch some; everything else is in evaluation."""
-    with preserved(model):
-        evaluation(model)
+    model: nn.Module, recorded: Sequence[Site], with_batch: Sequence[Site], until: int | None = None
+) -> Iterator[Recorder]:
+    """Make some layers normalize with their batch, and record some; everything else is in evaluation."""
+    with in_evaluation(model):
         for layer in {site.layer: None for site in with_batch}:
             normalize_with_the_batch(layer)
-        yield Watch(watched, until)
+        yield Recorder(recorded, until)
 
 
-def evaluation(model: nn.Module) -> None:
-    """Put all modules into evaluation, without asking them: a ``train()`` of their own may do more than that."""
-    for module in model.modules():
-        module.training = False
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation without gradients, for the block, after which the model is what it was.
+
+    The modules are not asked: a ``train()`` of their own may do more than that.
+    """
+    with preserved(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False
+        yield
 
 
-def _calls(model: nn.Module, data: Iterable[Any], sites: Sequence[Site], how: How) -> dict[str, int | None]:
+@contextmanager
+def in_batch(number: int) -> Iterator[None]:
+    """Run a forward for as long as somebody needs it, and give its error the number of the batch."""
+    try:
+        yield
+    except Stop:
+        pass
+    except Exception as error:
+        if error.args and isinstance(error.args[0], str):
+            error.args = (f"batch {number} of the data: {error.args[0]}", *error.args[1:])
+        raise
+
+
+def _calls(model: nn.Module, data: Iterable[Any], sites: Sequence[Site], options: Options) -> dict[str, int | None]:
     """Run the data through once, in evaluation: the layers in the order in which they are first called.
 
     Returns:
         How often each is called in one forward; None if batches do not agree on it.
     """
     calls: dict[str, int | None] = {}
-    with _measuring(model, sites, ()) as watch:
+    with _measuring(model, sites, ()) as recorder:
         names = {site.layer: site.layer_name for site in sites}
-        for number, _ in enumerate(_forwards(model, data, watch, how)):
-            here = {names[layer]: count for layer, count in watch.reached.items()}
+        for number, _ in enumerate(_forwards(model, data, recorder, options)):
+            here = {names[layer]: count for layer, count in recorder.reached.items()}
             for name in {**calls, **here}:
                 agreed = number == 0 or calls.get(name, 0) == here.get(name, 0)
                 calls[name] = here.get(name) if agreed else None
     return calls
 
 
-def _forwards(model: nn.Module, data: Iterable[Any], watch: Watch, how: How) -> Iterator[int]:
-    """Run batch after batch; yields how many samples each has, when the watch has seen it."""
-    for number, batch in enumerate(islice(data, how.batches), 1):
-        watch.start()
-        try:
-            call(model, moved(batch, model), how.forward)
-        except Enough:
-            pass
-        except Exception as error:
-            if error.args and isinstance(error.args[0], str):
-                error.args = (f"batch {number} of the data: {error.args[0]}", *error.args[1:])
-            raise
-        how.report(data)
-        yield samples(batch) or watch.rows
+def _forwards(model: nn.Module, data: Iterable[Any], recorder: Recorder, options: Options) -> Iterator[int]:
+    """Run batch after batch, each of which the recorder has seen when its number is given."""
+    for number, batch in enumerate(islice(data, options.batches), 1):
+        recorder.start(samples(batch))
+        with in_batch(number):
+            call(model, moved(batch, model), options.forward)
+        options.report(data)
+        yield number
 
 
 def _pass(
-    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], watch: Watch, how: How, processes: Processes
-) -> Seen:
+    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], recorder: Recorder, options: Options,
+    group: ProcessGroup,
+) -> PassResult:  # fmt: skip
     """Run through the data until it ends, or is enough; all processes stop together."""
-    own = Seen({site: Clusters.empty(tuple(site.mean.shape), site.mean.device) for site in sites}, unfit=watch.unfit)
-    watch.before, numbers = own.clusters, own.packed().numel()
-    forwards, taken, done = _forwards(model, data, watch, how), 0, False
-    while not done:
-        size = next(forwards, None)
-        if size is None:
-            done = True
-            own.stopped = "batches" if taken == how.batches else "data"
+    own = PassResult.over(sites, recorder.unfit)
+    recorder.before, numbers = own.clusters, own.packed().numel()
+    forwards = _forwards(model, data, recorder, options)
+    whole, taken, all_ended = own, 0, False
+    while not all_ended:
+        ended = next(forwards, None) is None
+        if ended:
+            own.stopped = "batches" if taken == options.batches else "data"
         else:
             taken += 1
-            own.add(watch.seen, size)
-        if how.tolerance is not None:
-            all_done = processes.all_done(done, numbers)
-            whole = own.everybodys(processes)
-            if whole.precise(how.tolerance):
-                whole.stopped = "tolerance"
-                return whole
-            if all_done:
-                return whole
-            done = False  # the others may have more
-    processes.all_done(True, numbers)
-    return own.everybodys(processes)
+            own.add(recorder)
+        if options.tolerance is None and not ended:
+            continue
+        all_ended = group.all_done(ended, numbers)  # where others have more, this one waits with what it has
+        whole = own.merged_over(group)
+        if options.tolerance is not None and whole.precise(options.tolerance):
+            whole.stopped = "tolerance"
+            break
+    return whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,20 +14,27 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.find import hooks_of, is_batch_norm, names_of, shadow
-from batchnorm.surgery.line import is_linear_map, is_plain
-from batchnorm.surgery.tensors import tensors_in
-from batchnorm.surgery.watched import read_besides_calls
+from batchnorm.surgery.inspect.affine import is_linear_map, is_plain
+from batchnorm.surgery.inspect.example import copied_inputs, forward, in_mode, seeded
+from batchnorm.surgery.inspect.find import hooks_of, is_batch_norm, names_of
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters, tensors_in
+from batchnorm.surgery.inspect.watched import read_besides_calls
 
-__all__ = ["Run", "recorded"]
+__all__ = ["Hooks", "Run", "only_asks", "recorded"]
 
 # Properties that hand out the tensor's values; the others (shape, dtype, …) only tell about it.
 _VALUES = {getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")}
-_ASKS = frozenset(
+_ASKING = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
-     "element_size", "get_device", "storage_offset", "__len__", "type", "register_hook", "requires_grad_")
+     "is_signed", "element_size", "get_device", "storage_offset", "__len__", "__hash__")
 )  # fmt: skip
+_MARKING = frozenset(("type", "register_hook", "requires_grad_"))
+
+
+def only_asks(function: Callable[..., Any]) -> bool:
+    """Whether a call tells about a tensor without reading its values."""
+    name = getattr(function, "__name__", "")
+    return name in _ASKING or (name == "__get__" and function not in _VALUES)
 
 
 class Run(NamedTuple):
@@ -37,57 +44,58 @@ class Run(NamedTuple):
         graph: a call of a convolution, a linear layer or a batch normalization layer is a node "call_module", whatever
             else was done to their results or to the inputs is a "call_function"; `meta` has their "shape" and "dtype".
         outputs: what the model returned.
-        touched: the modules with parameters that something else computed with than the module itself.
-        asked: which attributes of layers were read from outside.
+        parameters_read: the modules with parameters that something else computed with than the module itself.
+        attributes_read: which attributes of layers were read besides calling them.
         called_with: arguments of the first call of what is a convolution or a linear layer with a forward of its own.
     """
 
     graph: fx.Graph
     outputs: Any
-    touched: set[nn.Module]
-    asked: dict[nn.Module, set[str]]
+    parameters_read: set[nn.Module]
+    attributes_read: dict[nn.Module, set[str]]
     called_with: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def recorded(model: nn.Module, inputs: Any, training: bool = False) -> Run:
+def recorded(model: nn.Module, inputs: Any, training: bool = False, parts: Collection[nn.Module] = ()) -> Run:
     """Run a copy of a model, with torch's own operators, and record what it does.
 
     Args:
         model: it is left as it was.
         inputs: as for ``forward``.
         training: in which mode to run; in evaluation without gradients.
+        parts: the modules whose calls are nodes; what is read of these besides is not noted.
     """
-    twin, original = shadow(model)
+    twin, original = copy_sharing_parameters(model)
     in_mode(in_mode(twin, True), training)  # some keep what they computed last until they train again
-    recorder = _Recorder(twin)
-    with recorder.attached(), read_besides_calls(recorder.parts) as asked, seeded(twin), using("aten"):
+    recorder = _Recorder(twin, {part for part, its in original.items() if its in parts})
+    with recorder.attached(), read_besides_calls(() if parts else recorder.parts) as asked, seeded(twin), using("aten"):
         with torch.set_grad_enabled(training), recorder:
-            given = own(inputs)
+            given = copied_inputs(inputs)
             recorder.begin(given)
             outputs = forward(twin, given)
         recorder.end(outputs)
     return Run(
         recorder.graph,
         outputs,
-        {original[part] for part in recorder.touched()},
+        {original[part] for part in recorder.parameters_read()},
         {original[part]: names for part, names in asked.items()},
         {original[part]: given for part, given in recorder.called_with.items()},
     )
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parts: Collection[nn.Module]) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.called_with: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._model, self._names = model, names_of(model)
-        self.parts = [m for m in self._names if is_batch_norm(m) or is_linear_map(m)]
+        self.parts = [m for m in self._names if (m in parts if parts else is_batch_norm(m) or is_linear_map(m))]
         self._odd = {part for part in self.parts if is_linear_map(part) and not is_plain(part)}
         self._owners: dict[int, list[nn.Module]] = {}
         for part in self.parts:
             for p in part.parameters(recurse=False):
                 self._owners.setdefault(id(p), []).append(part)
-        self._touched: set[int] = set()
+        self._read_ids: set[int] = set()
         self._nodes: Any = WeakTensorKeyDictionary()
         self._within: list[fx.Node | None] = []  # the parts that are running
 
@@ -103,7 +111,7 @@ class _Recorder(TorchFunctionMode):
 
         def show(module: nn.Module, *tensors: Any) -> None:
             if module in shown and not self._within:
-                self._read(f"hooks of {self._names[module][0]}", tensors)
+                self._read(self._names[module][0], tensors)
 
         if shown:  # for all modules, since a scripted one takes no hooks of its own
             handles.append(nn.modules.module.register_module_forward_pre_hook(show))
@@ -114,9 +122,9 @@ class _Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def touched(self) -> set[nn.Module]:
+    def parameters_read(self) -> set[nn.Module]:
         """The parts with parameters that something else computed with."""
-        return {part for parameter in self._touched for part in self._owners[parameter]}
+        return {part for parameter in self._read_ids for part in self._owners[parameter]}
 
     def begin(self, inputs: Any) -> None:
         """Note the model's inputs."""
@@ -141,11 +149,10 @@ class _Recorder(TorchFunctionMode):
 
     def _given(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """What a function is given, with nodes instead of tensors; None if it does not compute with what was seen."""
-        name = getattr(func, "__name__", "")
-        if name in _ASKS or (name == "__get__" and func not in _VALUES):
+        if only_asks(func) or getattr(func, "__name__", "") in _MARKING:
             return None
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self._touched.update(id(t) for t in tensors if id(t) in self._owners)
+        self._read_ids.update(id(t) for t in tensors if id(t) in self._owners)
         return self._mapped((args, kwargs)) if any(t in self._nodes for t in tensors) else None
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,7 +174,7 @@ class _Recorder(TorchFunctionMode):
     def _read(self, reader: str, tensors: Any) -> None:
         known = [t for t in tree_leaves(tensors) if isinstance(t, Tensor) and t in self._nodes]
         if known:
-            self.graph.create_node("call_function", _Reader(reader), tuple(self._nodes[t] for t in known))
+            self.graph.create_node("call_function", Hooks(reader), tuple(self._nodes[t] for t in known))
 
     def _mapped(self, given: Any) -> Any:
         return tree_map(lambda t: self._nodes.get(t, t) if isinstance(t, Tensor) else t, given)
@@ -182,11 +189,11 @@ class _Recorder(TorchFunctionMode):
                     self._note(self.graph.create_node("call_function", operator.getitem, (node, place)), tensor)
 
 
-class _Reader:
-    """Stands in a graph for what reads a tensor and is no function."""
+class Hooks:
+    """Stands in a graph for the hooks of a module, which read what it is given and gives."""
 
-    def __init__(self, name: str) -> None:
-        self.__name__ = name
+    def __init__(self, module: str) -> None:
+        self.module, self.__name__ = module, f"hooks of {module}"
 
     def __call__(self, *tensors: Tensor) -> None:
         """Read, and give nothing."""

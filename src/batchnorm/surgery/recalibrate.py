@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.batches import Forward, as_written, unwrapped
-from batchnorm.surgery.preserve import Values, preserved
-from batchnorm.surgery.recalibration.clusters import Clusters
-from batchnorm.surgery.recalibration.passes import How, Seen, Stopped, batch_by_batch, evaluation, layer_by_layer
-from batchnorm.surgery.recalibration.sites import Site, sites_of, write
-from batchnorm.surgery.recalibration.together import Processes
-from batchnorm.surgery.report import for_json, listed
-from batchnorm.surgery.restoring import completely
+from batchnorm.surgery.inspect.batches import Forward, force_eager, unwrapped
+from batchnorm.surgery.inspect.preserve import Values
+from batchnorm.surgery.inspect.restoring import completely
+from batchnorm.surgery.measuring.clusters import Clusters
+from batchnorm.surgery.measuring.passes import (
+    Options,
+    PassResult,
+    Stopped,
+    batch_by_batch,
+    in_evaluation,
+    layer_by_layer,
+)
+from batchnorm.surgery.measuring.process_group import ProcessGroup
+from batchnorm.surgery.measuring.sites import Site, sites_of, write
+from batchnorm.surgery.report import Report, listed
 
 __all__ = ["Change", "LayerChange", "Recalibrated", "recalibrate"]
 
@@ -52,18 +59,24 @@ class LayerChange:
     mean_error: float
     variance_error: float
 
+    def __str__(self) -> str:
+        return (
+            f"mean moved by {self.mean_change.max:.2g} deviations at most, deviation by {self.scale_change.max:.1%}; "
+            f"standard errors {self.mean_error:.2g}, {self.variance_error:.2g}"
+        )
+
 
 @dataclass(frozen=True)
-class Recalibrated:
+class Recalibrated(Report):
     """What ``recalibrate`` has done.
 
     Attributes:
         layers: for every layer that has new statistics, by its qualified name, what changed; a recurrent layer has
             several sets, ``lstm.hh_l0``.
-        skipped: the name of every batch normalization layer that was left as it was, and why.
+        skipped: the name of every batch normalization layer that was skipped, and why.
         batches, samples: that the statistics are of, from all processes.
         allowed: how many batches could have been taken, in every process; None for all.
-        skipped_batches: that were left out, since a layer's moments were not finite.
+        skipped_batches: that were skipped, since a layer's moments were not finite.
         stopped: what came first: the end of the "data", the number of "batches", or the "tolerance".
         metric_before, metric_after: in evaluation, if a metric was given.
     """
@@ -83,26 +96,14 @@ class Recalibrated:
         ended = f"the data ended before the {self.allowed} that were allowed" if short else "the data ended"
         ends = {"data": ended, "batches": "as many as were allowed", "tolerance": "precise enough"}
         lines = [
-            f"{len(self.layers)} recalibrated, {len(self.skipped)} left: "
+            f"{len(self.layers)} recalibrated, {len(self.skipped)} skipped: "
             f"{self.batches} batches, {self.samples} samples ({ends[self.stopped]})"
         ]
         if self.skipped_batches:
-            lines.append(f"  {self.skipped_batches} batches left out: not finite")
+            lines.append(f"  {self.skipped_batches} batches skipped: not finite")
         if self.metric_before is not None and self.metric_after is not None:
             lines.append(f"  metric: {self.metric_before:.6g} before, {self.metric_after:.6g} after")
-        for name, layer in self.layers.items():
-            lines.append(
-                f"  {name or '(the model)'}: mean moved by {layer.mean_change.max:.2g} deviations at most, "
-                f"deviation by {layer.scale_change.max:.1%}; "
-                f"standard errors {layer.mean_error:.2g}, {layer.variance_error:.2g}"
-            )
-        lines += [f"  {name or '(the model)'}: left, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give the same for JSON, with None for numbers that are not finite."""
-        found: dict[str, Any] = for_json(asdict(self))
-        return found
+        return self._text(lines, {name: str(layer) for name, layer in self.layers.items()})
 
 
 def recalibrate(
@@ -126,7 +127,7 @@ def recalibrate(
 
     Meanwhile only the layers to be recalibrated are in training: dropout is off, and layers that are frozen, or held
     in evaluation while the model trains, stay as they are. Masks count. Policies of statistics do not hold: every layer
-    normalizes with the whole batch of its process. A batch in which any layer's moments are not finite is left out.
+    normalizes with the whole batch of its process. A batch in which any layer's moments are not finite is skipped.
 
     Args:
         model: any module; its layers may be torch.nn's, ours, their subclasses, or recurrent ones of ours.
@@ -153,39 +154,36 @@ def recalibrate(
 
     Example:
         >>> print(batchnorm.recalibrate(model, loader, batches=100))
-        20 recalibrated, 0 left: 100 batches, 6400 samples (as many as were allowed) …
+        20 recalibrated, 0 skipped: 100 batches, 6400 samples (as many as were allowed) …
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3 (precise BN); for
     "layerwise", the same section's remark that statistics of deeper layers depend on those before.
     """
-    _check(data, batches, tolerance, method)
-    how = How(forward, batches, tolerance, progress)
+    _check_arguments(data, batches, tolerance, method)
+    options = Options(forward, batches, tolerance, progress)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with Processes(process_group, device) as processes:
+    with ProcessGroup(process_group, device) as group:
         sites, skipped = sites_of(model, layers)
-        with preserved(model), torch.no_grad(), as_written():
-            before = None if metric is None else _in_evaluation(model, metric)
-            seen = _METHODS[method](unwrapped(model), data, sites, how, processes)
+        old = Values(t for site in sites for t in (site.mean, site.var, site.batches) if t is not None)
+        with old, force_eager():
+            before = None if metric is None else _measured(model, metric)
+            seen = _METHODS[method](unwrapped(model), data, sites, options, group)
             renewed = _renewed(seen, skipped)
-            for site, clusters in renewed.items():
-                write(site, clusters)
-            after = None if metric is None else _in_evaluation(model, metric)
+            after = None if metric is None else _measured(model, metric, renewed)
         changes = {site.name: _change(site, clusters) for site, clusters in renewed.items()}
         report = Recalibrated(
             changes, skipped, seen.batches, seen.samples, seen.dropped, batches, seen.stopped, before, after
         )
-        processes.all_done(True)  # or else one has failed
-    old = Values(t for site in renewed for t in (site.mean, site.var, site.batches) if t is not None)
+        group.barrier()
     try:
-        for site, clusters in renewed.items():
-            write(site, clusters)
+        _write(renewed)
         return report
     except BaseException:
         completely(old.restore)
         raise
 
 
-def _check(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:
+def _check_arguments(data: Any, batches: int | None, tolerance: float | None, method: str) -> None:
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(f"data must be an iterable of batches, such as a DataLoader or [x], got {type(data).__name__}")
     if batches is not None and batches < 1:
@@ -196,7 +194,7 @@ def _check(data: Any, batches: int | None, tolerance: float | None, method: str)
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
 
 
-def _renewed(seen: Seen, skipped: dict[str, str]) -> dict[Site, Clusters]:
+def _renewed(seen: PassResult, skipped: dict[str, str]) -> dict[Site, Clusters]:
     """Give what has been seen of which sites; the others join those that are skipped."""
     if seen.batches + seen.dropped == 0:
         raise ValueError("the data is empty: no batch came (a generator gives its batches only once)")
@@ -242,7 +240,15 @@ def _over_channels(change: Tensor) -> Change:
     return Change(float(change.max()), float(change.square().mean().sqrt()))
 
 
-def _in_evaluation(model: nn.Module, metric: Callable[[nn.Module], float]) -> float:
-    with preserved(model):
-        evaluation(model)
+def _write(renewed: Mapping[Site, Clusters]) -> None:
+    for site, clusters in renewed.items():
+        write(site, clusters)
+
+
+def _measured(
+    model: nn.Module, metric: Callable[[nn.Module], float], renewed: Mapping[Site, Clusters] | None = None
+) -> float:
+    """What a metric says of the model, perhaps with new statistics."""
+    with in_evaluation(model):
+        _write(renewed or {})
         return float(metric(model))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.folding import paths
-from batchnorm.surgery.folding.ranks import rank_of, rank_taken
-from batchnorm.surgery.folding.sums import has_middle, summands
-from batchnorm.surgery.line import is_linear_map, outputs_of
+from batchnorm.surgery.inspect import paths
+from batchnorm.surgery.inspect.affine import has_middle, is_linear_map, outputs_of
+from batchnorm.surgery.inspect.ranks import rank_of, rank_taken
 
-__all__ = ["Share", "Unclear", "View"]
+__all__ = ["Around", "Share", "Unclear", "View"]
 
 _TELLS = "example_inputs would tell"
 
@@ -31,6 +31,29 @@ class Share(NamedTuple):
     channels: Tensor | None = None
 
 
+@dataclass
+class Around:
+    """What is next to a layer.
+
+    Attributes:
+        before: the convolutions or linear layers that feed the layer and nothing else, with their shares of its
+            channels; or why there are none.
+        after: the one that reads the layer's output, which nothing else reads, and nothing else; or why there is none.
+        beside: the convolution that reads what the layer reads, and whose output is added to the layer's; or why there
+            is none.
+        guessed: whether these are only next to it in a ``Sequential``, which is taken to be called as a whole.
+        everywhere: whether all calls in the model were seen, so that shared modules are no danger.
+        extras: what else the layer is called with: a residual, a mask.
+    """
+
+    before: tuple[Share, ...] | str
+    after: tuple[Share, ...] | str
+    beside: tuple[Share, ...] | str
+    guessed: bool = False
+    everywhere: bool = False
+    extras: set[str] = field(default_factory=set)
+
+
 class Unclear(str):
     """A reason that example inputs would settle."""
 
@@ -41,9 +64,10 @@ class View:
     """A graph, seen from the layers that it calls.
 
     Attributes:
+        module: whose graph it is.
         run: whether the graph was recorded in a run.
         calls: the nodes that call each module.
-        gone: layers that hand on what they are given.
+        identities: layers that hand on what they are given.
     """
 
     def __init__(
@@ -51,7 +75,7 @@ class View:
         module: nn.Module,
         graph: fx.Graph,
         whole: bool,
-        gone: set[nn.Module],
+        identities: set[nn.Module],
         run: bool = False,
         training: bool = False,
     ) -> None:
@@ -61,15 +85,15 @@ class View:
             module: whose graph it is.
             graph: traced, or recorded.
             whole: whether the module is the model, so that nothing is around it.
-            gone: layers that are folded, and hand on what they are given; it may grow.
+            identities: layers that are folded, and hand on what they are given; it may grow.
             run: whether the graph was recorded in a run, and knows sizes.
             training: whether dropout is more than nothing.
         """
         self.whole = whole
         self.calls: dict[nn.Module, list[fx.Node]] = {}
-        self.gone = gone
+        self.identities = identities
         self.run = run
-        self._module, self._graph, self._training = module, graph, training
+        self.module, self._graph, self._training = module, graph, training
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(self._called(node), []).append(node)
@@ -113,7 +137,7 @@ class View:
         if len(self.calls[layer]) > 1:
             return "it is called several times"
         call = self.calls[layer][0]
-        found = summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._hands_on)
+        found = paths.summands(call, lambda node: [reader for reader, _ in self._readers(node)], self._is_identity)
         if isinstance(found, str):
             return found
         for node in found:
@@ -124,7 +148,7 @@ class View:
                 return (Share(module),)
         return "no convolution that could do its work is beside it in the sum"
 
-    def given(self, layer: nn.Module) -> set[str]:
+    def extras(self, layer: nn.Module) -> set[str]:
         """What else a layer is called with."""
         calls = self.calls[layer]
         named = {name for call in calls for name, value in call.kwargs.items() if value is not None}
@@ -136,14 +160,14 @@ class View:
         }
         return (named & {"residual", "mask"}) | placed
 
-    def touched(self) -> set[nn.Module]:
+    def parameters_read(self) -> set[nn.Module]:
         """The modules with parameters that a traced graph computes with, besides calling them."""
         reads = [node for node in self._graph.nodes if node.op == "get_attr"]
         used = [node for node in reads if any(not paths.asks(user, node) for user in node.users)]
-        parameters = {id(_attribute(self._module, str(node.target))) for node in used}
+        parameters = {id(_attribute(self.module, str(node.target))) for node in used}
         if not parameters:
             return set()
-        return {m for m in self._module.modules() if any(id(p) in parameters for p in m.parameters(recurse=False))}
+        return {m for m in self.module.modules() if any(id(p) in parameters for p in m.parameters(recurse=False))}
 
     # --- who reads whom ---
 
@@ -157,7 +181,7 @@ class View:
 
     def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that gave a value, before all that handed it on or moved it."""
-        if self._hands_on(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
             for given in paths.data_of(node):
                 yield from self._origins(given)
         else:
@@ -168,15 +192,15 @@ class View:
         for user in node.users:
             if paths.asks(user, node):
                 continue
-            if self._hands_on(user) or (paths.is_movement(user) and self._understood(user)):
+            if self._is_identity(user) or (paths.is_movement(user) and self._understood(user)):
                 yield from self._readers(user)
             else:
                 yield user, node
 
-    def _hands_on(self, node: fx.Node) -> bool:
+    def _is_identity(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             called = self._called(node)
-            return called in self.gone or paths.hands_on_module(called, self._training)
+            return called in self.identities or paths.is_identity_module(called, self._training)
         return paths.is_identity(node)
 
     def _understood(self, node: fx.Node) -> bool:
@@ -206,7 +230,7 @@ class View:
                 starts[origin] = tags, axis
                 tags += origin.meta["shape"][axis]
             values = {o: paths.tagged(o.meta["shape"], axis, first) for o, (first, axis) in starts.items()}
-            end = paths.replayed(_input(call), values, self._hands_on)
+            end = paths.replayed(_input(call), values, self._is_identity)
             _, channels = paths.channels_between(end, 1, tags)
             for origin, (first, axis) in starts.items():
                 own = channels[first : first + origin.meta["shape"][axis]]
@@ -230,7 +254,7 @@ class View:
                 continue
             origins = dict.fromkeys(self._origins(given))
             values = {origin: paths.tagged(origin.meta["shape"], 1, 0) for origin in origins}
-            end = paths.replayed(given, values, self._hands_on)
+            end = paths.replayed(given, values, self._is_identity)
             channels, _ = paths.channels_between(end, axis, next(iter(origins)).meta["shape"][1])
             if (channels < 0).any():
                 return self._other_axis(module)
@@ -240,7 +264,7 @@ class View:
     def _source(self, call: fx.Node) -> fx.Node:
         """What a call gets, before all that handed it on."""
         node = _input(call)
-        while self._hands_on(node):
+        while self._is_identity(node):
             node = paths.data_of(node)[0]
         return node
 
@@ -280,7 +304,7 @@ class View:
     def _believed(self, layer: nn.Module, call: fx.Node, modules: Sequence[Any]) -> tuple[Share, ...] | str:
         """What a graph without sizes tells: convolutions are taken to have a batch, linear layers need (N, C)."""
         given = _input(call)
-        rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self._module, given)
+        rank = 2 if any(map(paths.flattens, self._way(given))) else rank_of(self.module, given)
         ranks = {rank, rank_taken(layer)} - {None}
         for module in modules:
             if not ranks and isinstance(module, nn.Linear):
@@ -300,7 +324,7 @@ class View:
 
     def _way(self, node: fx.Node) -> Iterator[fx.Node]:
         yield node
-        if self._hands_on(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
             for given in paths.data_of(node):
                 yield from self._way(given)
 
@@ -321,7 +345,7 @@ class View:
         return called if called is not None and is_linear_map(called) else None
 
     def _called(self, node: fx.Node) -> nn.Module:
-        return self._module.get_submodule(str(node.target))
+        return self.module.get_submodule(str(node.target))
 
     def _name(self, module: nn.Module) -> str:
         return str(self.calls[module][0].target)

@@ -1,26 +1,40 @@
-"""What only hands a tensor on, or moves its values, and where each channel goes on the way."""
+"""What a graph's nodes do with values: hand them on, move them, add them; and where each channel goes on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.find import hooks_of
+from batchnorm.surgery.inspect.find import hooks_of
 
 __all__ = [
-    "asks", "channel_axis", "channels_between", "data_of", "flattens", "hands_on_module", "is_identity", "is_movement",
-    "joins_channels", "name_of", "replayed", "tagged",
+    "DROPOUTS",
+    "SUMS",
+    "asks",
+    "channel_axis",
+    "channels_between",
+    "data_of",
+    "flattens",
+    "is_identity",
+    "is_identity_module",
+    "is_movement",
+    "is_sum",
+    "joins_channels",
+    "name_of",
+    "replayed",
+    "summands",
+    "tagged",
 ]  # fmt: skip
 
 # What hands on in evaluation what it is given.
 _IDENTITIES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _SAME = frozenset(("contiguous", "clone", "detach", "alias"))
 # What hands on where the dtype is that already, which a run tells.
 _CASTS = frozenset(("to", "type_as", "float", "double", "half", "bfloat16"))
@@ -30,13 +44,15 @@ _MOVED = frozenset(
      "movedim", "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "narrow", "getitem",
      "__getitem__", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 )  # fmt: skip
+SUMS = frozenset(("add", "add_", "iadd", "__add__", "__radd__", "__iadd__"))
+_IN_PLACE = frozenset(("add_", "iadd", "__iadd__"))
 # What asks a tensor for its form alone.
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
-_METHODS = ("size", "dim")
+_METHODS = ("size", "dim", "numel", "is_floating_point")
 _LIKE = ("reshape_as", "view_as", "expand_as", "type_as")
 
 
-def hands_on_module(module: nn.Module, training: bool = False) -> bool:
+def is_identity_module(module: nn.Module, training: bool = False) -> bool:
     """Whether a module gives what it is given, in evaluation, or in training, too."""
     kinds = (nn.Identity,) if training else _IDENTITIES
     return type(module) in kinds and not hooks_of(module)
@@ -65,7 +81,7 @@ def is_identity(node: fx.Node) -> bool:
     """Whether a call of a function or a method gives in evaluation what it is given."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.target in _DROPOUTS:
+    if node.target in DROPOUTS:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return training is False
     name = name_of(node)
@@ -159,3 +175,74 @@ def channels_between(end: Tensor, axis: int, tags: int) -> tuple[Tensor, Tensor]
     first = torch.full((tags,), len(rows)).scatter_reduce(0, rows.reshape(-1), places, "amin")
     last = torch.full((tags,), -1).scatter_reduce(0, rows.reshape(-1), places, "amax")
     return of_channel, torch.where(last < 0, -1, torch.where(first == last, first, -2))
+
+
+# --- sums ---
+
+_Readers = Callable[[fx.Node], list[fx.Node]]
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two nodes' values."""
+    if node.op not in ("call_function", "call_method") or name_of(node) not in SUMS or node.kwargs:
+        return False
+    return len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def summands(call: fx.Node, readers: _Readers, same: Callable[[fx.Node], bool]) -> list[fx.Node] | str:
+    """Find what is added to a node's value and to nothing else.
+
+    Args:
+        call: whose value it is.
+        readers: which nodes compute with a node's value, whatever hands it on.
+        same: which nodes hand on what they are given.
+
+    Returns:
+        The other values whose sum with this one is all that reads them; or why there is no such sum.
+    """
+    total = _sum_of(call, readers)
+    if total is None:
+        return "it is not added to anything"
+    while (outer := _sum_of(total, readers)) is not None:
+        total = outer
+    found = list(_addends(total, readers, same))
+    if call not in found:
+        return "its values are moved before they are added"
+    if _overwrites(call, total, same):
+        return "the sum overwrites its output"
+    return [node for node in found if node is not call]
+
+
+def _sum_of(node: fx.Node, readers: _Readers) -> fx.Node | None:
+    """The addition that is all that reads a node's value."""
+    found = readers(node)
+    return found[0] if len(found) == 1 and _adds(found[0]) else None
+
+
+def _adds(node: fx.Node) -> bool:
+    return is_sum(node) and node.args[0] is not node.args[1]
+
+
+def _addends(total: fx.Node, readers: _Readers, same: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    for given in total.all_input_nodes:
+        node = _handed(given, same)
+        if len(readers(node)) != 1:
+            continue
+        if _adds(node):
+            yield from _addends(node, readers, same)
+        else:
+            yield node
+
+
+def _overwrites(call: fx.Node, total: fx.Node, same: Callable[[fx.Node], bool]) -> bool:
+    """Whether an addition in place writes into the node's value, where a single 0 would not hold the sum."""
+    parts = [(given, _handed(given, same)) for given in total.all_input_nodes]
+    if name_of(total) in _IN_PLACE and any(given is total.args[0] and node is call for given, node in parts):
+        return True
+    return any(_adds(node) and _overwrites(call, node, same) for _, node in parts)
+
+
+def _handed(node: fx.Node, same: Callable[[fx.Node], bool]) -> fx.Node:
+    while same(node):
+        node = data_of(node)[0]
+    return node

@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import resolve
-from batchnorm.surgery.find import is_batch_norm, is_frozen, is_known
-from batchnorm.surgery.reading import read
-from batchnorm.surgery.recalibration.clusters import Clusters
+from batchnorm.surgery.inspect.find import NO_STATISTICS, is_batch_norm, is_frozen, is_known
+from batchnorm.surgery.inspect.reading import read
+from batchnorm.surgery.measuring.clusters import Clusters
 from batchnorm.surgery.report import listed
 
 __all__ = ["Site", "sites_of", "write"]
@@ -54,7 +54,7 @@ def sites_of(
         task: what an error says that there is nothing to do.
 
     Returns:
-        The sites, and the name of every other batch normalization layer with the reason why it is left.
+        The sites, and the name of every other batch normalization layer with the reason why it is skipped.
 
     Raises:
         ValueError: a name that no batch normalization layer has or lies under; a model without any that has running
@@ -110,7 +110,7 @@ def _obstacle(layer: Any, model: nn.Module) -> str | None:
         return f"{type(layer).__name__} never moves its statistics"
     buffers = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
     if not recurrent and not all(isinstance(t, Tensor) for t in buffers):
-        return "it has no running statistics: it normalizes with the batch's in evaluation, too"
+        return NO_STATISTICS
     if not getattr(layer, "track_running_stats", True):
         return (
             "its track_running_stats is False, as Lightning's freezing leaves it, and no training moves its "

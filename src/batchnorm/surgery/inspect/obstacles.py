@@ -7,31 +7,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.conditional import ConditionalBatchNorm
 from batchnorm.domains import DomainBatchNorm
 from batchnorm.layers import channels_of
 from batchnorm.recurrent.base import Recurrent
-from batchnorm.surgery.find import hooked_between, hooks_of, is_batch_norm, is_frozen, is_known, names_of
-from batchnorm.surgery.folding.handover import share_of
-from batchnorm.surgery.folding.neighbours import Neighbours
-from batchnorm.surgery.folding.tried import Call, does_not_take
-from batchnorm.surgery.folding.view import Share
-from batchnorm.surgery.line import TRANSPOSED, inputs_of, is_plain, line_of, outputs_of
-from batchnorm.surgery.reading import following, read
+from batchnorm.surgery.inspect.affine import (
+    TRANSPOSED,
+    does_not_take,
+    inputs_of,
+    is_plain,
+    outputs_of,
+    scale_and_shift_of,
+    share_of,
+)
+from batchnorm.surgery.inspect.example import Arguments
+from batchnorm.surgery.inspect.find import (
+    NO_FORWARD,
+    UNINITIALIZED,
+    hooked_between,
+    hooks_of,
+    is_batch_norm,
+    is_known,
+    is_uninitialized,
+    kind_of,
+    names_of,
+)
+from batchnorm.surgery.inspect.reading import following, read
+from batchnorm.surgery.inspect.view import Around, Share
 
-__all__ = ["Borders", "layers_of", "no_line"]
+__all__ = ["Obstacles", "layers_of"]
 
 _ELSEWHERE: dict[type[nn.Module], str] = {
-    DomainBatchNorm: "its line is another one in each domain",
+    DomainBatchNorm: "its scale and shift are others in each domain",
     ConditionalBatchNorm: "its scale and shift depend on what it is conditioned on",
     Recurrent: "it normalizes within its steps, with other statistics in each",
 }
 
 
 def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers of a model, by their first names, that are a line in evaluation; and why the others are none."""
+    """The layers of a model, by name, that are affine maps in evaluation; and why the others are none."""
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     parts: dict[nn.Module, str] = {}
@@ -41,7 +56,7 @@ def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
             reasons[name] = why
             parts |= dict.fromkeys(module.modules(), f"it is a part of {name or 'the model'}: {why}")
         elif is_batch_norm(module):
-            reason = parts.get(module) or no_line(module)
+            reason = parts.get(module) or _no_affine_map(module)
             if reason is None and not name:
                 reason = "it is the whole model: there is nothing to fold it into"
             if reason is None:
@@ -51,13 +66,13 @@ def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     return layers, reasons
 
 
-def no_line(layer: Any) -> str | None:
+def _no_affine_map(layer: Any) -> str | None:
     """Why a layer in evaluation is not scale · x + shift with known numbers; None if it is."""
-    kind = layer._frozen.kind if is_frozen(layer) else type(layer)
+    kind = kind_of(layer)
     if "forward" in vars(layer):
-        return "its forward has been replaced"
-    if any(is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
-        return "it has seen no input, and has no statistics yet: run the model once"
+        return NO_FORWARD
+    if is_uninitialized(layer):
+        return UNINITIALIZED
     found = None if is_known(kind) else read(layer)
     if isinstance(found, str):
         subclass = issubclass(kind, nn.modules.batchnorm._BatchNorm)
@@ -69,15 +84,18 @@ def no_line(layer: Any) -> str | None:
         return "it is on the meta device, and has no numbers"
     if hooks_of(layer):
         return "it has hooks, which would no longer be called"
-    if not all(bool(torch.isfinite(t).all()) for t in line_of(layer)):
-        return "its line is not finite: see its running statistics (a variance of 0 or below and eps?), weight and bias"
+    if not all(bool(torch.isfinite(t).all()) for t in scale_and_shift_of(layer)):
+        return (
+            "its scale or shift is not finite: see its running statistics (a variance of 0 or below and eps?), weight "
+            "and bias"
+        )
     return None
 
 
-class Borders:
+class Obstacles:
     """What stands between a layer of one model and the modules that could take it over."""
 
-    def __init__(self, model: nn.Module, called_with: Mapping[nn.Module, Call] | None = None) -> None:
+    def __init__(self, model: nn.Module, called_with: Mapping[nn.Module, Arguments] | None = None) -> None:
         """Look at a model.
 
         Args:
@@ -87,35 +105,35 @@ class Borders:
         self.names = names_of(model)
         self._model, self._called_with = model, called_with or {}
 
-    def before(self, layer: Any, found: Neighbours) -> str | None:
+    def before(self, layer: Any, found: Around) -> str | None:
         """Why the modules in front of a layer cannot do the layer's work."""
         if isinstance(found.before, str):
             return found.before
-        if "mask" in found.given:
+        if "mask" in found.extras:
             return "it is called with a mask, where its output is 0"
         return self._first(layer, found.before, found, before=True)
 
-    def after(self, layer: Any, found: Neighbours) -> str | None:
+    def after(self, layer: Any, found: Around) -> str | None:
         """Why the module behind a layer cannot do the layer's work."""
         if isinstance(found.after, str):
             return found.after
-        if found.given or following(layer) is not None:
+        if found.extras or following(layer) is not None:
             return f"it does more than normalize before {self.names[found.after[0].module][0]}"
         return self._first(layer, found.after, found, before=False)
 
-    def beside(self, layer: Any, found: Neighbours) -> str | None:
+    def beside(self, layer: Any, found: Around) -> str | None:
         """Why a convolution whose output is added to the layer's cannot do the layer's work."""
         if isinstance(found.beside, str):
             return found.beside
-        if found.given or following(layer) is not None:
+        if found.extras or following(layer) is not None:
             return "it does more than normalize before the sum"
         return self._first(layer, found.beside, found, before=True)
 
-    def _first(self, layer: Any, shares: tuple[Share, ...], found: Neighbours, before: bool) -> str | None:
+    def _first(self, layer: Any, shares: tuple[Share, ...], found: Around, before: bool) -> str | None:
         reasons = (self._obstacle(layer, share, found, before) for share in shares)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _obstacle(self, layer: Any, share: Share, found: Neighbours, before: bool) -> str | None:
+    def _obstacle(self, layer: Any, share: Share, found: Around, before: bool) -> str | None:
         module: Any = share.module
         name = self.names[module][0]
         channels = outputs_of(module) if before else inputs_of(module)
@@ -130,10 +148,10 @@ class Borders:
             return f"{name} or the layer is shared, and not all of its calls could be seen: give example_inputs"
         if hooks_of(module) or hooked_between(self._model, name, self.names[layer][0]):
             return f"{name}, or something between it and the layer, has hooks"
-        line = share_of(layer, share.channels)
-        reason = None if before else _at_the_border(line[1], module, name)
+        affine = share_of(layer, share.channels)
+        reason = None if before else _at_the_border(affine[1], module, name)
         if reason is None and not is_plain(module):
-            reason = does_not_take(module, line, before, self._called_with.get(module))
+            reason = does_not_take(module, affine, before, self._called_with.get(module))
             reason = reason and f"{name} ({type(module).__name__}) {reason}"
         return reason
 

@@ -1,4 +1,4 @@
-"""What the processes of a group tell each other while they take statistics over their data, each over its own."""
+"""The processes of a group that take statistics over their data together, each over its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Processes"]
+__all__ = ["ProcessGroup"]
 
 _GOES_ON, _IS_DONE, _HAS_FAILED = range(3)
 
 
-class Processes:
+class ProcessGroup:
     """The processes of a group, in a ``with`` block that all of them enter; one alone hears only itself.
 
     An error in one process's block ends the others' at their next message, rather than let them wait for it.
@@ -30,7 +30,7 @@ class Processes:
         self.size = dist.get_world_size(process_group) if there else 1
         self._over = False
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> ProcessGroup:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -38,7 +38,7 @@ class Processes:
             self._states(_HAS_FAILED, 0)
 
     def all_done(self, done: bool, numbers: int = 0) -> bool:
-        """Whether all processes are done; they must be about to send equally many numbers.
+        """Whether all processes are done; they must be about to gather equally many numbers.
 
         Raises:
             RuntimeError: in all others, if one has failed; in all, if their numbers differ.
@@ -57,6 +57,14 @@ class Processes:
             )
         return all(state == _IS_DONE for state, _ in states)
 
+    def barrier(self) -> None:
+        """Wait for all processes, which must have come as far.
+
+        Raises:
+            RuntimeError: if one has failed.
+        """
+        self.all_done(True)
+
     def gathered(self, own: Tensor) -> Tensor:
         """Stack everybody's vectors, of one length, in the order of the ranks."""
         if self.size == 1:
@@ -70,7 +78,7 @@ class Processes:
         """Join everybody's lists of names: in the order of the first process, then what only others have."""
         if self.size == 1:
             return own
-        self.all_done(True)
+        self.barrier()
         heard: list[Any] = [None] * self.size
         dist.all_gather_object(heard, own, group=self._group)
         return list(dict.fromkeys(name for names in heard for name in names))

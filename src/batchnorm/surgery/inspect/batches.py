@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.restoring import Restoring
 
-__all__ = ["Forward", "as_written", "call", "inputs", "moved", "samples", "unwrapped"]
+__all__ = ["Forward", "call", "force_eager", "inputs", "moved", "samples", "unwrapped"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -73,7 +73,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-class as_written(Restoring):  # noqa: N801 - it is used like a function
+class force_eager(Restoring):  # noqa: N801 - it is used like a function
     """Let compiled models run as they are written: what was compiled does not know hooks that came later."""
 
     _stance: Any = None

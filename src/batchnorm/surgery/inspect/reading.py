@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm.activations import Activation, module_of
-from batchnorm.surgery.elementwise import is_identity, recognized
-from batchnorm.surgery.find import hooks_of, is_frozen, is_known
-from batchnorm.surgery.trial import aside, mentions_processes, plain_state, twin_of
+from batchnorm.surgery.inspect.elementwise import is_identity, recognized
+from batchnorm.surgery.inspect.find import hooks_of, is_known, kind_of
+from batchnorm.surgery.inspect.paths import name_of
+from batchnorm.surgery.inspect.trial import aside, close, mentions_processes, once, twin_of
+from batchnorm.surgery.report import summary
 
 __all__ = ["Reading", "following", "inputs_for", "read"]
 
 _STANDARD = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-_READ = ("eps", "running_mean", "running_var", "weight", "bias")
+_NEEDED = ("eps", "running_mean", "running_var", "weight", "bias")
 _TOLERANCE = 1e-9
 _seen: dict[Any, Reading | str] = {}
 
@@ -62,19 +64,14 @@ def read(layer: nn.Module) -> Reading | str:
         The reading; or why evaluation is not known to be weight · (x - running_mean) / √(running_var + eps) + bias with
         something behind it.
     """
-    key = plain_state(layer)
     if any(hooks_of(part) for part in layer.modules() if part is not layer):
         return "a part of it has hooks"
-    if key is None:
-        return _read(layer)
-    if key not in _seen:
-        _seen[key] = _read(layer)
-    return _seen[key]
+    return once(layer, _seen, _read)
 
 
 def following(layer: Any) -> nn.Module | None:
     """What a layer applies behind normalization in evaluation, whatever its make; None if it is nothing."""
-    kind = layer._frozen.kind if is_frozen(layer) else type(layer)
+    kind = kind_of(layer)
     found = Reading(getattr(layer, "activation", None)) if is_known(kind) else read(layer)
     if isinstance(found, str):
         raise ValueError(f"it is not known what {kind.__name__} computes: {found}")
@@ -105,14 +102,12 @@ def _read(layer: nn.Module) -> Reading | str:
     except _UnreadableError as error:
         return str(error)
     except Exception as error:  # whatever a forward does on trial
-        return f"its forward fails on trial: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"its forward fails on trial: {summary(error)}"
 
 
 class _Reader:
     def __init__(self, layer: Any) -> None:
-        missing = [
-            name for name in ("eps", "running_mean", "running_var", "weight", "bias") if not hasattr(layer, name)
-        ]
+        missing = [name for name in _NEEDED if not hasattr(layer, name)]
         if missing:
             raise _UnreadableError(f"it has no {' and no '.join(missing)}")
         self._layer, self._held = layer, False
@@ -164,7 +159,7 @@ class _Reader:
             return found, parts, ()
         functions = [node for node in tail.nodes if node.op not in ("placeholder", "call_module", "output")]
         if functions:
-            raise _UnreadableError(f"it computes {_told(functions[0])} behind normalization")
+            raise _UnreadableError(f"it computes {name_of(functions[0])} behind normalization")
         return None, parts, tuple(name for name in parts if type(twin.get_submodule(name)) is not nn.Identity)
 
 
@@ -239,8 +234,7 @@ def _traced(twin: nn.Module, x: Tensor) -> fx.Graph:
     try:
         graph = _Tracer(x).trace(twin)
     except Exception as error:
-        why = (str(error).splitlines() or [""])[0]
-        raise _UnreadableError(f"its forward cannot be traced: {type(error).__name__}: {why}") from error
+        raise _UnreadableError(f"its forward cannot be traced: {summary(error)}") from error
     after = vars(twin)
     if after.keys() != before.keys() or any(after[name] is not value for name, value in before.items()):
         raise _UnreadableError("its forward sets attributes")
@@ -257,9 +251,8 @@ class _Search(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if self.found is None and isinstance(value, Tensor) and value.shape == self._wanted.shape:
-            same = value.dtype == self._wanted.dtype and torch.allclose(value, self._wanted, _TOLERANCE, _TOLERANCE)
-            self.found = n if same else None
+        if self.found is None and isinstance(value, Tensor):
+            self.found = n if close(value, self._wanted, _TOLERANCE) else None
         return value
 
 
@@ -292,7 +285,3 @@ def _tail(graph: fx.Graph, start: fx.Node) -> fx.Graph:
         if node in needed and node is not start:
             copies[node] = made.node_copy(node, lambda n: copies[n])
     return made
-
-
-def _told(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.activations import Activation, activation_of, applied
-from batchnorm.surgery.find import hooks_of
-from batchnorm.surgery.trial import aside, plain_state
+from batchnorm.surgery.inspect.find import hooks_of
+from batchnorm.surgery.inspect.trial import aside, close, once
 
 __all__ = ["activation_in", "is_identity", "recognized"]
 
@@ -41,12 +41,7 @@ def activation_in(module: nn.Module) -> Activation | None:
         pass
     if module._modules or any(True for _ in (*module.parameters(), *module.buffers())):
         return None
-    key = plain_state(module)
-    if key is None:
-        return _tried(module)
-    if key not in _seen:
-        _seen[key] = _tried(module)
-    return _seen[key]
+    return once(module, _seen, _tried)
 
 
 def _tried(module: nn.Module) -> Activation | None:
@@ -84,7 +79,7 @@ def recognized(function: _Elementwise) -> Activation | None:
         found = [tensor for z in _trials() for tensor in _both(function, z)]
         for candidate in [Activation(name) for name in _NAMES] + _with_parameters(function):
             right = [tensor for z in _trials() for tensor in _both(partial(applied, candidate), z)]
-            if all(map(_close, found, right)):
+            if all(close(a, b, _TOLERANCE) for a, b in zip(found, right, strict=True)):
                 return candidate
     return None
 
@@ -101,10 +96,6 @@ def _both(function: _Elementwise, z: Tensor) -> tuple[Tensor, Tensor]:
     y = function(z.clone())
     (derivative,) = torch.autograd.grad(y.sum(), z)
     return y.detach(), derivative
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
 
 
 def _with_parameters(function: _Elementwise) -> list[Activation]:

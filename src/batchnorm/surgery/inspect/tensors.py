@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["copied", "tensors_in"]
+__all__ = ["copied", "copy_sharing_parameters", "tensors_in"]
 
 
 _EMPTY = (dict, OrderedDict, set)
@@ -66,6 +67,16 @@ def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
         if not kept:
             raise
         return _copied(module, kept | memo)
+
+
+def copy_sharing_parameters(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """Copy a module to try things on; it shares the parameters, which no forward changes, and nothing else.
+
+    Returns:
+        The copy, and for each of its parts the original part.
+    """
+    twin = copied(module, {id(p): p for p in module.parameters() if not is_lazy(p)})
+    return twin, dict(zip(twin.modules(), module.modules(), strict=True))
 
 
 def _copied(module: Any, memo: dict[int, Any]) -> Any:

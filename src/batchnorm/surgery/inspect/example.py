@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.find import shadow
+from batchnorm.surgery.inspect.tensors import copy_sharing_parameters
 
-__all__ = ["Arguments", "Calls", "calls_of", "forward", "in_mode", "own", "seeded"]
+__all__ = ["Arguments", "Calls", "calls_of", "copied_inputs", "forward", "in_mode", "seeded"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -42,7 +42,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def own(inputs: _Inputs) -> _Inputs:
+def copied_inputs(inputs: _Inputs) -> _Inputs:
     """Give the same inputs as tensors, lists and dicts of their own, into which a forward may write."""
 
     def fresh(value: Any) -> Any:
@@ -83,7 +83,7 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 def calls_of(model: nn.Module, inputs: Any) -> Calls:
     """Run a copy of the model once, in evaluation, and note with what every module is called."""
-    twin, original = shadow(model)
+    twin, original = copy_sharing_parameters(model)
     calls = Calls()
     running: list[Arguments] = []
 

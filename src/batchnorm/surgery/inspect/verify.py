@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import using
-from batchnorm.surgery.example import forward, in_mode, own, seeded
-from batchnorm.surgery.tensors import copied, tensors_in
+from batchnorm.surgery.inspect.example import copied_inputs, forward, in_mode, seeded
+from batchnorm.surgery.inspect.tensors import copied, tensors_in
 
-__all__ = ["Errors", "check", "comparable", "evaluated", "largest_difference"]
+__all__ = ["Errors", "comparable", "evaluated", "largest_difference", "verify"]
 
 _LIMIT = 1e-5  # of a tensor's size; more is not rounding, in float64 and mostly in float32
 _ULPS = 10  # how many times the effect of the last bit of all weights may be rounding
@@ -33,7 +33,7 @@ class _Step(NamedTuple):
     gradients: list[Tensor]
 
 
-def check(before: nn.Module, after: nn.Module, inputs: Any) -> Errors:
+def verify(before: nn.Module, after: nn.Module, inputs: Any) -> Errors:
     """Compare two models on example inputs, by torch's own operators; in float64 where that is needed to decide.
 
     Rounding may have been magnified: in float64 it is not. Where a dtype is written into the model, a difference may
@@ -87,7 +87,7 @@ def evaluated(model: nn.Module, inputs: Any, copy: bool = True) -> list[Tensor]:
     if not isinstance(twin, fx.GraphModule):
         in_mode(in_mode(twin, True), False)  # some keep what they computed last until they train again
     with seeded(model), using("aten"), torch.no_grad():
-        return comparable(forward(twin, own(inputs)))
+        return comparable(forward(twin, copied_inputs(inputs)))
 
 
 def comparable(result: Any) -> list[Tensor]:
@@ -169,7 +169,7 @@ def largest_difference(found: Sequence[Tensor], right: Sequence[Tensor], rounded
     Args:
         found: what is judged.
         right: what it should be.
-        rounded: what it might be for rounding alone. Ten times as far off is no more than the limit of ``check``.
+        rounded: what it might be for rounding alone. Ten times as far off is no more than the limit of ``verify``.
     """
     if [t.shape for t in found] != [t.shape for t in right]:
         return float("inf")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from batchnorm.kernels import using
 
-__all__ = ["aside", "mentions_processes", "plain_state", "twin_of"]
+__all__ = ["aside", "close", "mentions_processes", "once", "twin_of"]
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -25,6 +25,8 @@ _HOOKS = (
 _OF_MODULES = set(vars(nn.Module())) | {"training", "num_features"}
 _PLAIN = (type(None), bool, int, float, str, type)
 _DISTRIBUTED = "torch.distributed"
+_Module = TypeVar("_Module", bound=nn.Module)
+_Found = TypeVar("_Found")
 
 
 @contextmanager
@@ -66,7 +68,22 @@ def twin_of(layer: nn.Module) -> nn.Module:
     return twin
 
 
-def plain_state(module: nn.Module) -> Hashable | None:
+def once(module: _Module, found: dict[Any, _Found], find: Callable[[_Module], _Found]) -> _Found:
+    """Find something out about a module, once for all modules that compute alike, as far as can be seen."""
+    key = _plain_state(module)
+    if key is None:
+        return find(module)
+    if key not in found:
+        found[key] = find(module)
+    return found[key]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two tensors agree in shape, dtype and, up to rounding, in values."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, tolerance, tolerance)
+
+
+def _plain_state(module: nn.Module) -> Hashable | None:
     """What decides on how a module computes, as far as these are plain values: equal for layers that need one trial.
 
     Returns:
@@ -76,7 +93,7 @@ def plain_state(module: nn.Module) -> Hashable | None:
     if not all(isinstance(value, _PLAIN) for value in own.values()):
         return None
     tensors = frozenset(n for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None)
-    parts = [(name, None if part is None else plain_state(part)) for name, part in module._modules.items()]
+    parts = [(name, None if part is None else _plain_state(part)) for name, part in module._modules.items()]
     if any(module._modules[name] is not None and state is None for name, state in parts):
         return None
     return type(module), frozenset((n, type(v), v) for n, v in own.items()), tensors, tuple(parts)

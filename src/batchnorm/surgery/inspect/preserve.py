@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.surgery.restoring import Restoring
+from batchnorm.surgery.inspect.restoring import Restoring
 
 __all__ = ["Values", "preserved"]
 
@@ -69,8 +69,8 @@ class preserved(Restoring):  # noqa: N801 - it is used like a function
         self._generators.restore()
 
 
-class Values:
-    """The values of some tensors, to be written back."""
+class Values(Restoring):
+    """The values of some tensors, to be written back: at the end of a block, or by ``restore`` alone."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]

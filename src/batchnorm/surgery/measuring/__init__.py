@@ -1,0 +1,1 @@
+"""The moments of what layers are called with, over data."""

@@ -1,1 +1,0 @@
-"""Running statistics taken anew over data."""
