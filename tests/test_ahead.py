@@ -44,7 +44,7 @@ def test_workers_leave_in_the_cache_what_this_process_would_compile() -> None:
     ahead.expect(KEYS, 2)  # said before
     assert [worker.keys for worker in ahead._workers] == [KEYS[:1], KEYS[1:]]
     for key in KEYS:
-        ahead.wait_for(key)
+        ahead.wait_for(key, 2)
         assert cache.find(key) == object_code(key)
 
 
@@ -52,9 +52,12 @@ def test_more_kernels_than_processes_are_compiled_in_order() -> None:
     ahead.expect(KEYS, 1)
     (worker,) = ahead._workers
     assert worker.at_work_on() == KEYS[0]
-    ahead.wait_for(KEYS[1])  # at which it is not at work: whoever needs it had better compile it
+    ahead.wait_for(
+        KEYS[1], 2
+    )  # it is not at work on it, and one processor is free: whoever needs it had better compile it
     assert cache.find(KEYS[1]) is None
-    until(lambda: cache.find(KEYS[1]) is not None)
+    ahead.wait_for(KEYS[1], 1)
+    assert cache.find(KEYS[1]) is not None
     assert worker.at_work_on() is None
     until(lambda: worker.process.poll() is not None)  # without work it ends, and gives its memory back
     ahead.expect([KEYS[0]._replace(dtype="float64")], 1)

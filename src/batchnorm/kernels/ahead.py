@@ -71,10 +71,23 @@ def expect(keys: Iterable[Key], processes: int) -> None:
                 _least_busy(processes).compile(key)
 
 
-def wait_for(key: Key) -> None:
-    """Wait until a worker has compiled a kernel, if one is at work on it."""
+def wait_for(key: Key, processes: int) -> None:
+    """Wait for a kernel that a worker compiles now, or that one will while ``processes`` compile already.
+
+    Where a worker has nothing to do, it gets the kernel. Where there could be more workers, this returns: the process
+    that needs the kernel had better compile it itself.
+    """
     end = time.monotonic() + _LIMIT
-    while any(worker.at_work_on() == key for worker in _workers) and time.monotonic() < end:
+    while time.monotonic() < end and any(key in worker.keys for worker in _workers):
+        alive = [worker for worker in _workers if worker.process.poll() is None]
+        doing = [worker.at_work_on() for worker in alive]
+        if key not in doing:
+            if None in doing and cache.find(key) is None:
+                with suppress(OSError):
+                    alive[doing.index(None)].compile(key)
+                    continue
+            if len(alive) < processes:
+                return
         time.sleep(0.01)
 
 

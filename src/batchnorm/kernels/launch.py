@@ -210,7 +210,7 @@ def _object_code(key: Key) -> bytes:
 
     code = cache.find(key)
     if code is None:
-        ahead.wait_for(key)
+        ahead.wait_for(key, torch.get_num_threads())
         code = cache.find(key)
     if code is None:
         if "forward" in key.name:

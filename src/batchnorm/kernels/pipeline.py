@@ -16,9 +16,12 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import FunctionPass, register_pass
 from numba.core.ir_utils import get_definition, guard
 from numba.core.typed_passes import NativeLowering
-from numba.core.untyped_passes import InlineInlinables, RewriteSemanticConstants
+from numba.core.untyped_passes import RewriteSemanticConstants
 
 __all__ = ["Parts", "Pipeline"]
+
+# For closures, `with` blocks, arrays, and functions that are inlined before they are typed: the loops have none.
+_NOT_NEEDED = {"inline_closure_likes", "with_lifting", "nopython_rewrites", "inline_inlinables", "inline_overloads"}
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)
@@ -40,13 +43,6 @@ class _FormConstants(FunctionPass):
                     state.func_ir._definitions[assign.target.name] = [assign.value]
                     changed = True
         return changed
-
-
-@register_pass(mutates_CFG=False, analysis_only=False)
-class _InlinedConstants(_FormConstants):
-    """The same for what was inlined; Numba runs no pass twice."""
-
-    _name = "constants_of_the_form_in_what_was_inlined"
 
 
 def _constant(state: Any, value: Any) -> bool | None:
@@ -108,13 +104,13 @@ class _Lowering(NativeLowering):
 
 
 class Pipeline(CompilerBase):
-    """Numba's compiler with these passes; those that prune come before Numba's own that do."""
+    """Numba's compiler with these passes, and without those that find no work here."""
 
     def define_pipelines(self) -> list[Any]:
         """List the one way to compile."""
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
         passes.add_pass_after(_FormConstants, RewriteSemanticConstants)
-        passes.add_pass_after(_InlinedConstants, InlineInlinables)
-        passes.passes = [(_Lowering if step is NativeLowering else step, why) for step, why in passes.passes]
+        steps = [step for step in passes.passes if step[0].name() not in _NOT_NEEDED]
+        passes.passes = [(_Lowering if step is NativeLowering else step, why) for step, why in steps]
         passes.finalize()
         return [passes]

@@ -21,7 +21,6 @@ from batchnorm.kernels.loops.slots import (
     as_float,
     body,
     f64,
-    lanewise,
     loop,
     share,
     u8,
@@ -62,7 +61,7 @@ def sum_of(memory, start, count):
     return s
 
 
-@lanewise
+@loop
 def eight_row_shift(x, stride, j, shift, acc, lanes):
     s = load(x, j, lanes)
     for r in range(1, 8):
@@ -115,7 +114,7 @@ def weighted_deviation(v, k, weight, form):
     return d, (d * like(v, weight) if form.WEIGHTED else d)
 
 
-@lanewise
+@loop
 def eight_rows(x, w, stride, j, shift, s, q, form, lanes):
     k = load(shift, j, lanes)
     d, sums = weighted_deviation(load(x, j, lanes), k, row_weight(w, 0, form), form)
@@ -130,7 +129,7 @@ def eight_rows(x, w, stride, j, shift, s, q, form, lanes):
     store(q, j, load(q, j, lanes) + convert(squares, f64))
 
 
-@lanewise
+@loop
 def one_row(x, w, j, shift, s, q, form, lanes):
     d, e = weighted_deviation(load(x, j, lanes), load(shift, j, lanes), row_weight(w, 0, form), form)
     store(s, j, load(s, j, lanes) + convert(e, f64))
@@ -167,7 +166,7 @@ def block_bits(a, block, columns):
     return block * ((min(a[BLOCK], columns) + 7) // 8 * 8)
 
 
-@lanewise
+@loop
 def apply_at(x, y, r, i, j, k, gap, bits, bit, p, weight, streaming, form, lanes):
     v = load(x, i, lanes)
     mean, scale, shift = load(k, j, lanes), load(k, gap + j, lanes), load(k, 2 * gap + j, lanes)
@@ -199,7 +198,7 @@ def dy_row(a, r):
     return r // a[SPACE] * a[DY_BATCH] + r % a[SPACE] * a[DY_SPACE]
 
 
-@lanewise
+@loop
 def unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, weight, form, lanes):
     """(dz, x − mean) at i, column j, of a row of that weight; dy is at g + j."""
     v, gv = load(x, i, lanes), load(dy, g + j, lanes)
@@ -223,7 +222,7 @@ def four_rows_backward(x, w, dy, r, at, stride, g0, g1, g2, g3, j, k, gap, s, t,
     store(t, j, load(t, j, 8) + convert(products + fma(u, b, v * a), f64))
 
 
-@lanewise
+@loop
 def one_row_backward(x, dy, r, i, g, j, k, gap, s, t, bits, bit, p, weight, form, lanes):
     a, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, weight, form, lanes)
     store(s, j, load(s, j, lanes) + convert(a, f64))
@@ -265,7 +264,7 @@ def block_backward_sums(a, first, last, start, stride, width, base, k, gap, s, t
         row += 1
 
 
-@lanewise
+@loop
 def backward_apply_at(x, dy, r, dx, dz, gives, i, g, j, k, gap, bits, bit, p, weight, streaming, form, lanes):
     gv, v = unpacked_at(x, dy, r, i, g, j, k, gap, bits, bit, p, weight, form, lanes)
     ca, cb, cc = load(k, gap + j, lanes), load(k, 2 * gap + j, lanes), load(k, 3 * gap + j, lanes)

@@ -7,11 +7,11 @@ the backward finds z with the same operations as the forward did, so that both s
 from __future__ import annotations
 
 from batchnorm.kernels.elementary import choose, like, where_less, write_bits
-from batchnorm.kernels.loops.slots import lanewise, loop
+from batchnorm.kernels.loops.slots import loop
 from batchnorm.kernels.simd import fma, load, load_pair, load_pair_as, splat, store, store_pair, stream, stream_pair
 
 
-@lanewise
+@loop
 def residual_at(r, i, v, form, lanes):
     """The residual beside a value v of x; nothing (−0, which any compiler knows how to add) where there is none."""
     return load(r, i, lanes) if form.RESIDUAL else like(v, -0.0)
@@ -22,7 +22,7 @@ def residual_pair(r, i, v, form):
     return load_pair(r, i) if form.RESIDUAL else (like(v, -0.0), like(v, -0.0))
 
 
-@lanewise
+@loop
 def weight_at(w, i, v, form, lanes):
     """The weight of the position of a value v of x."""
     return load(w, i, lanes) if form.WEIGHTED else like(v, 1.0)
@@ -78,7 +78,7 @@ def input_gradient(g, d, w, ca, cb, cc, form):
     return ca * (g + fma(d, cb, cc))
 
 
-@lanewise
+@loop
 def gradient_at(dy, i, step, lanes):
     """dy at i, or its one value for the whole run where it is expanded (step 0)."""
     return load(dy, i, lanes) if step != 0 else splat(load(dy, 0, 1), lanes)

@@ -17,7 +17,6 @@ _bare = {  # nobody calls them from Python
 }  # fmt: skip
 loop = numba.njit(forceinline=True, **_bare)  # no fast-math: NaN must stay NaN, and sums keep their order
 body = numba.njit(**_bare)
-lanewise = numba.njit(inline="always", **_bare)  # inlined before typing, so that `lanes` is known there
 
 
 @loop

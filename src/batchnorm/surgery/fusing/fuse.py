@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from batchnorm.kernels.operators import expect
 from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.fusing.ahead import Ahead
@@ -102,8 +105,28 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Fused:
     fusion.run()
     _observe(made, example_inputs, fusion)
     _adopted(made, fusion)
-    errors = None if example_inputs is None else verify(model, made, example_inputs)
+    with _kernels_expected(made):
+        errors = None if example_inputs is None else verify(model, made, example_inputs)
     return _result(made, fusion, unconverted, errors)
+
+
+@contextmanager
+def _kernels_expected(model: nn.Module) -> Iterator[None]:
+    """Have the kernels of a training step compiled beside this process, as soon as a layer is called."""
+    known: set[str] = set()
+
+    def tell(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer.training and name not in known:  # later calls may be in float64
+            known.add(name)
+            expect(args[0], layer.activation, len(args) > 1 or "residual" in kwargs)
+
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) in TORCHS]
+    handles = [layer.register_forward_pre_hook(partial(tell, name), with_kwargs=True) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _adopted(model: nn.Module, fusion: Fusion) -> None:
