@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import batchnorm.functional as ours
-from batchnorm import kernels
+from batchnorm import Ghost, kernels
 from batchnorm.functional import batch_norm
 
 
@@ -158,3 +158,16 @@ def batchnorm_layer() -> nn.Module:
     from batchnorm import BatchNorm1d
 
     return BatchNorm1d(3)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"statistics": Ghost(2)}, {"mask": torch.ones(4, 5) > 0}], ids=["", "ghost", "mask"]
+)
+def test_a_count_of_batches_of_another_dtype_is_not_for_the_numba_kernel(more: dict[str, Any]) -> None:
+    x, mean, var = torch.randn(4, 3, 5), torch.zeros(3), torch.ones(3)
+    batches = torch.tensor(0, dtype=torch.int32)
+    batch_norm(x, mean, var, training=True, num_batches_tracked=batches, **more)
+    assert kernels.ran().forward == ("reference" if more else "aten")
+    assert batches == (2 if "statistics" in more else 1)
+    with kernels.using("numba"), pytest.raises(RuntimeError, match=r"num_batches_tracked is torch.int32, not int64"):
+        batch_norm(x, mean, var, training=True, num_batches_tracked=batches, **more)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from batchnorm.activations import activation_of, applied
+from batchnorm.activations import activation_of
 from batchnorm.any_rank import BatchNormAnyRank, recorded
 from batchnorm.arguments import check_residual
 from batchnorm.estimation import positions
-from batchnorm.kernels.reference import counted
+from batchnorm.kernels.epilogue import Epilogue
 
 __all__ = ["ConditionalBatchNorm"]
 
@@ -124,8 +124,7 @@ class ConditionalBatchNorm(nn.Module):
             check_residual(residual, input)
         weight, bias = self._affine(input, condition, weight, bias)
         y = _scaled(self.norm(input, mask=mask), weight, bias).to(input.dtype)
-        y = applied(self.activation, y if residual is None else y + residual)
-        return y if mask is None else counted(y, positions(mask, input))
+        return Epilogue(self.activation, residual).applied(y, None if mask is None else positions(mask, input))
 
     def extra_repr(self) -> str:
         """Say what the condition is."""

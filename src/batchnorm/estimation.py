@@ -186,12 +186,7 @@ def _by_operations(call: Call, size: int, weights: Tensor | None, group: Group |
             x, call.weight, call.bias, call.eps, size, weights, correction, None if group is None else merged
         )
         found.append(moments)
-        epilogue = call.epilogue
-        if weights is None:
-            return epilogue.applied(y)
-        if epilogue.residual is not None:  # an activation's slope at nan would make 0 · nan of it
-            epilogue = epilogue._replace(residual=reference.counted(epilogue.residual, weights))
-        return reference.counted(epilogue.applied(y), weights)
+        return call.epilogue.applied(y, weights)
 
     y = operators.formatted(normalized, call.x)
     moments = found[0]

@@ -99,9 +99,8 @@ def forward(
     mean = var = batches = 0
     factor: float | Tensor = 0.0
     if running is not None:
-        *buffers, momentum = running
-        mean, var, batches = map(_address, buffers)
-        factor = -1.0 if momentum is None else momentum
+        mean, var, batches = map(_address, running[:3])
+        factor = -1.0 if running.momentum is None else running.momentum
     memory, partials, coefficients = (None, 0, 0) if plan.fused else _between_passes(plan, 3)
     if epilogue is NOTHING:
         y, residual, parameter = plan.empty_like(x), 0, 0.0

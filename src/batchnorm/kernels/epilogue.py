@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.activations import Activation, applied
+from batchnorm.kernels.reference import counted
 
 
 class Epilogue(NamedTuple):
@@ -29,9 +30,12 @@ class Epilogue(NamedTuple):
             return self
         return self._replace(residual=torch.empty_like(x).copy_(r))
 
-    def applied(self, y: Tensor) -> Tensor:
-        """Residual and activation by torch's own operators."""
-        return applied(self.activation, y if self.residual is None else y + self.residual)
+    def applied(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Residual and activation by torch's own operators; 0 at positions of weight 0, and nothing of the residual."""
+        if self.residual is not None:  # an activation's slope at nan would make 0 · nan of it
+            y = y + (self.residual if weights is None else counted(self.residual, weights))
+        y = applied(self.activation, y)
+        return y if weights is None else counted(y, weights)
 
 
 NOTHING = Epilogue()
