@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 TESTS := $(VENV)/.tests
 INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
+# Each of many processes would compile all that it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help compare test lint bench wheel clean
 .DEFAULT_GOAL := help

@@ -233,8 +233,10 @@ def small_files() -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".pt2"])
 def test_a_disk_that_is_full_is_said_and_leaves_nothing(here: Path, suffix: str) -> None:
     commands = [fold] if suffix == ".pt2" else [recalibrate, fold]
+    whole = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # Python does not notice that a compiled module is cut off
     for run in commands:
-        ran = run("--out", f"new{suffix}", old="old.pt" if suffix == ".pt2" else f"old{suffix}", preexec_fn=small_files)
+        old = "old.pt" if suffix == ".pt2" else f"old{suffix}"
+        ran = run("--out", f"new{suffix}", old=old, preexec_fn=small_files, env=whole)
         assert ran.returncode == 1, ran.stderr
         assert re.fullmatch(r"Error: [^\n]*File too large[^\n]*\n", ran.stderr), ran.stderr
         assert_nothing_written(here)

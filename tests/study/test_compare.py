@@ -53,7 +53,7 @@ def test_building_a_network_leaves_the_random_state_alone() -> None:
 
 
 def test_another_default_device_or_dtype_changes_nothing() -> None:
-    settings = Settings(rates=(0.1,), seeds=1, steps=3)
+    settings = Settings(rates=(0.1,), sweep_seeds=1, seeds=1, steps=3)
     expected = without_times(compare(settings=settings, processes=1))
     torch.set_default_device("meta")
     try:
