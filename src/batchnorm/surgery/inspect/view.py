@@ -181,7 +181,7 @@ class View:
 
     def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that gave a value, before all that handed it on or moved it."""
-        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._passes(node):
             for given in paths.data_of(node):
                 yield from self._origins(given)
         else:
@@ -192,10 +192,14 @@ class View:
         for user in node.users:
             if paths.asks(user, node):
                 continue
-            if self._is_identity(user) or (paths.is_movement(user) and self._understood(user)):
+            if self._passes(user):
                 yield from self._readers(user)
             else:
                 yield user, node
+
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node gives the values that it is given, perhaps at other places."""
+        return self._is_identity(node) or (paths.is_movement(node) and self._understood(node))
 
     def _is_identity(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -263,10 +267,7 @@ class View:
 
     def _source(self, call: fx.Node) -> fx.Node:
         """What a call gets, before all that handed it on."""
-        node = _input(call)
-        while self._is_identity(node):
-            node = paths.data_of(node)[0]
-        return node
+        return paths.before_identities(_input(call), self._is_identity)
 
     def _directly(self, call: fx.Node) -> bool:
         """Whether nothing moves values on the way to a call."""
@@ -324,7 +325,7 @@ class View:
 
     def _way(self, node: fx.Node) -> Iterator[fx.Node]:
         yield node
-        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._passes(node):
             for given in paths.data_of(node):
                 yield from self._way(given)
 
