@@ -65,9 +65,10 @@ class View:
 
     Attributes:
         module: whose graph it is.
-        run: whether the graph was recorded in a run.
+        whole: whether that is the model, so that nothing is around it.
+        identities: layers that are folded, and hand on what they are given; it may grow.
+        run: whether the graph was recorded in a run, and knows sizes.
         calls: the nodes that call each module.
-        identities: layers that hand on what they are given.
     """
 
     def __init__(
@@ -79,21 +80,9 @@ class View:
         run: bool = False,
         training: bool = False,
     ) -> None:
-        """Look at a graph.
-
-        Args:
-            module: whose graph it is.
-            graph: traced, or recorded.
-            whole: whether the module is the model, so that nothing is around it.
-            identities: layers that are folded, and hand on what they are given; it may grow.
-            run: whether the graph was recorded in a run, and knows sizes.
-            training: whether dropout is more than nothing.
-        """
-        self.whole = whole
+        self.module, self.whole, self.identities, self.run = module, whole, identities, run
         self.calls: dict[nn.Module, list[fx.Node]] = {}
-        self.identities = identities
-        self.run = run
-        self.module, self._graph, self._training = module, graph, training
+        self._graph, self._training = graph, training  # in which dropout is more than nothing
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(self._called(node), []).append(node)
