@@ -158,6 +158,25 @@ def test_who_ends_the_process_is_obeyed(error: BaseException) -> None:
     assert type(model[0].bn) is nn.BatchNorm2d
 
 
+class Unwatched(nn.Module):
+    """Runs, unless somebody watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.overrides._is_torch_function_mode_enabled():
+            raise LookupError("not while you look")
+        return self.bn(x).relu() if x.sum() < 1e9 else x
+
+
+def test_a_model_that_cannot_be_recorded_is_left() -> None:
+    result = batchnorm.fuse(nn.Sequential(Unwatched(), nn.BatchNorm2d(2), nn.ReLU()), image())
+    assert result.fused == {"1": "relu"}
+    assert result.skipped["0.bn"].endswith("; observed: a run fails: LookupError: not while you look")
+
+
 # --- what goes wrong later ---
 
 

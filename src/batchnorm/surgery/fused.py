@@ -16,7 +16,7 @@ from batchnorm.epilogue import WithEpilogue, applies
 from batchnorm.surgery.inspect.example import in_mode
 from batchnorm.surgery.inspect.find import TORCHS
 
-__all__ = ["Absorbed", "Rewritten", "let_go", "rewritten", "undo"]
+__all__ = ["Absorbed", "Rewritten", "fused_layers", "let_go", "rewritten", "undo"]
 
 
 class Absorbed(nn.Identity):
@@ -183,6 +183,15 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
     made: Any = type(kind.__name__, (Rewritten, kind), {})
     blank: nn.Module = made.__new__(made)
     return blank
+
+
+def fused_layers(model: nn.Module) -> set[nn.Module]:
+    """The layers that ``fuse`` has given more to do."""
+    found = {m.layer for m in model.modules() if isinstance(m, Absorbed) and m.layer is not None}
+    for module in model.modules():
+        if isinstance(module, Rewritten):
+            found |= {module.get_submodule(name) for name in module._layers}
+    return found
 
 
 def undo(model: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str]]:

@@ -13,7 +13,7 @@ from batchnorm.layers import channels_of
 from batchnorm.statistics import Policy, bind
 from batchnorm.surgery import norms
 from batchnorm.surgery.adopt import obstacle, settle, take_over
-from batchnorm.surgery.fused import Absorbed, Rewritten
+from batchnorm.surgery.fused import fused_layers
 from batchnorm.surgery.inspect.affine import handed_over, share_of
 from batchnorm.surgery.inspect.find import (
     NO_FORWARD,
@@ -109,7 +109,7 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
     if by is not None and not isinstance(by, (str, Policy)):
         raise TypeError(f"cannot replace batch normalization by {by!r}: give a name, None, or a policy's instance")
     settle_lazy(model)
-    fused = _fused(model)
+    fused = fused_layers(model)
     layers, skipped = served(model, lambda layer: _obstacle(layer, by, layer in fused))
     if isinstance(by, Policy):
         return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
@@ -123,15 +123,6 @@ def replace(model: nn.Module, by: str | Policy | None, example_inputs: Any = Non
         replaced, new = _removed(layers, search)
         return Replaced(model, replaced, skipped, new)
     return Replaced(model, {name: _changed(name, layer, by) for name, layer in layers.items()}, skipped)
-
-
-def _fused(model: nn.Module) -> set[nn.Module]:
-    """The layers that ``fuse`` has given more to do."""
-    found = {m.layer for m in model.modules() if isinstance(m, Absorbed) and m.layer is not None}
-    for module in model.modules():
-        if isinstance(module, Rewritten):
-            found |= {module.get_submodule(name) for name in module._layers}
-    return found
 
 
 def _obstacle(layer: Any, by: str | Policy | None, fused: bool) -> str | None:

@@ -213,12 +213,12 @@ def _search(model: nn.Module, seen: Neighbours, obstacles: Obstacles) -> tuple[l
 def _step(name: str, layer: nn.Module, seen: Neighbours, obstacles: Obstacles) -> Step | str:
     """How a layer goes into its neighbours, or why it cannot."""
     around = seen.of(layer)
-    reasons = obstacles.before(layer, around), obstacles.after(layer, around)
+    reasons = obstacles.between(layer, around, "before"), obstacles.between(layer, around, "after")
     if None in reasons:
         before = reasons[0] is None
         modules = _named(around.before if before else around.after, obstacles)
         return Step(name, modules, before, "residual" in around.extras, around.guessed)
-    if obstacles.beside(layer, around) is None:
+    if obstacles.between(layer, around, "beside") is None:
         return Step(name, _named(around.beside, obstacles), before=False, beside=True)
     return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
 

@@ -22,7 +22,7 @@ from batchnorm.surgery.inspect.example import calls_of
 from batchnorm.surgery.inspect.find import TORCHS, hooked_between
 from batchnorm.surgery.inspect.tensors import copied
 from batchnorm.surgery.inspect.verify import Errors, verify
-from batchnorm.surgery.report import Report
+from batchnorm.surgery.report import Report, summary
 
 __all__ = ["Fused", "fuse"]
 
@@ -156,7 +156,11 @@ def _observe(model: nn.Module, inputs: Any, fusion: Fusion) -> None:
             candidates.append(layer)
     if not candidates:
         return
-    for layer, found in observed(model, inputs, candidates).items():
+    try:
+        seen = observed(model, inputs, candidates)
+    except Exception as error:  # it may not bear to be recorded; if it does not run at all, comparing raises this again
+        seen = dict.fromkeys(candidates, f"a run fails: {summary(error)}")
+    for layer, found in seen.items():
         if isinstance(found, str):
             fusion.reasons[layer] = f"{fusion.unseen[layer]}; observed: {found}"
             continue

@@ -177,7 +177,7 @@ class Sources:
             return self._registered_before(layer)
         if isinstance(found, str):
             return found
-        reason = self._obstacles.before(layer, Around(found, "", "", everywhere=True))
+        reason = self._obstacles.between(layer, Around(found, "", "", everywhere=True), "before")
         reason = reason or next((why for why in (self._obstacle(layer, share.module) for share in found) if why), None)
         if reason is not None:
             return reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,35 +105,20 @@ class Obstacles:
         self.names = names_of(model)
         self._model, self._called_with = model, called_with or {}
 
-    def before(self, layer: Any, found: Around) -> str | None:
-        """Why the modules in front of a layer cannot do the layer's work."""
-        if isinstance(found.before, str):
-            return found.before
-        if "mask" in found.extras:
+    def between(self, layer: Any, around: Around, place: Literal["before", "after", "beside"]) -> str | None:
+        """Why the modules in one place around a layer cannot do the layer's work; None if they can."""
+        shares: tuple[Share, ...] | str = getattr(around, place)
+        if isinstance(shares, str):
+            return shares
+        if place == "before" and "mask" in around.extras:
             return "it is called with a mask, where its output is 0"
-        return self._first(layer, found.before, found, before=True)
-
-    def after(self, layer: Any, found: Around) -> str | None:
-        """Why the module behind a layer cannot do the layer's work."""
-        if isinstance(found.after, str):
-            return found.after
-        if found.extras or following(layer) is not None:
-            return f"it does more than normalize before {self.names[found.after[0].module][0]}"
-        return self._first(layer, found.after, found, before=False)
-
-    def beside(self, layer: Any, found: Around) -> str | None:
-        """Why a convolution whose output is added to the layer's cannot do the layer's work."""
-        if isinstance(found.beside, str):
-            return found.beside
-        if found.extras or following(layer) is not None:
-            return "it does more than normalize before the sum"
-        return self._first(layer, found.beside, found, before=True)
-
-    def _first(self, layer: Any, shares: tuple[Share, ...], found: Around, before: bool) -> str | None:
-        reasons = (self._obstacle(layer, share, found, before) for share in shares)
+        if place != "before" and (around.extras or following(layer) is not None):
+            what = "the sum" if place == "beside" else self.names[shares[0].module][0]
+            return f"it does more than normalize before {what}"
+        reasons = (self._obstacle(layer, share, around, before=place != "after") for share in shares)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _obstacle(self, layer: Any, share: Share, found: Around, before: bool) -> str | None:
+    def _obstacle(self, layer: Any, share: Share, around: Around, before: bool) -> str | None:
         module: Any = share.module
         name = self.names[module][0]
         channels = outputs_of(module) if before else inputs_of(module)
@@ -144,7 +129,7 @@ class Obstacles:
         if "weight" not in module._parameters or module.weight.is_meta:
             return f"{name} has no weight of its own that could be changed"
         shared = len(self.names[module]) > 1 or len(self.names[layer]) > 1
-        if shared and not found.everywhere:
+        if shared and not around.everywhere:
             return f"{name} or the layer is shared, and not all of its calls could be seen: give example_inputs"
         if hooks_of(module) or hooked_between(self._model, name, self.names[layer][0]):
             return f"{name}, or something between it and the layer, has hooks"

@@ -12,21 +12,8 @@ from torch import Tensor, fx, nn
 from batchnorm.surgery.inspect.find import hooks_of
 
 __all__ = [
-    "DROPOUTS",
-    "SUMS",
-    "asks",
-    "channel_axis",
-    "channels_between",
-    "data_of",
-    "flattens",
-    "is_identity",
-    "is_identity_module",
-    "is_movement",
-    "is_sum",
-    "joins_channels",
-    "name_of",
-    "replayed",
-    "summands",
+    "DROPOUTS", "SUMS", "asks", "before_identities", "channel_axis", "channels_between", "data_of", "flattens",
+    "is_identity", "is_identity_module", "is_movement", "is_sum", "joins_channels", "name_of", "replayed", "summands",
     "tagged",
 ]  # fmt: skip
 
@@ -225,7 +212,7 @@ def _adds(node: fx.Node) -> bool:
 
 def _addends(total: fx.Node, readers: _Readers, same: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
     for given in total.all_input_nodes:
-        node = _handed(given, same)
+        node = before_identities(given, same)
         if len(readers(node)) != 1:
             continue
         if _adds(node):
@@ -236,13 +223,14 @@ def _addends(total: fx.Node, readers: _Readers, same: Callable[[fx.Node], bool])
 
 def _overwrites(call: fx.Node, total: fx.Node, same: Callable[[fx.Node], bool]) -> bool:
     """Whether an addition in place writes into the node's value, where a single 0 would not hold the sum."""
-    parts = [(given, _handed(given, same)) for given in total.all_input_nodes]
+    parts = [(given, before_identities(given, same)) for given in total.all_input_nodes]
     if name_of(total) in _IN_PLACE and any(given is total.args[0] and node is call for given, node in parts):
         return True
     return any(_adds(node) and _overwrites(call, node, same) for _, node in parts)
 
 
-def _handed(node: fx.Node, same: Callable[[fx.Node], bool]) -> fx.Node:
+def before_identities(node: fx.Node, same: Callable[[fx.Node], bool]) -> fx.Node:
+    """The node that gave a value, before all that handed it on."""
     while same(node):
         node = data_of(node)[0]
     return node

@@ -14,12 +14,8 @@ from batchnorm.surgery.inspect.paths import asks, is_identity, name_of
 __all__ = ["rank_of", "rank_taken"]
 
 # Which raise for other inputs.
-_FIXED: dict[type[nn.Module], int] = {
-    nn.BatchNorm2d: 4,
-    layers.BatchNorm2d: 4,
-    nn.BatchNorm3d: 5,
-    layers.BatchNorm3d: 5,
-}
+_FIXED: dict[type[nn.Module], int] = dict.fromkeys((nn.BatchNorm2d, layers.BatchNorm2d), 4)
+_FIXED |= dict.fromkeys((nn.BatchNorm3d, layers.BatchNorm3d), 5)
 _KEEPING = frozenset(
     ("relu", "relu_", "relu6", "silu", "gelu", "sigmoid", "tanh", "leaky_relu", "hardswish", "hardtanh", "elu", "mish",
      "softplus", "linear", "batch_norm", "layer_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",

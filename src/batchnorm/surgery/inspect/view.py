@@ -65,9 +65,10 @@ class View:
 
     Attributes:
         module: whose graph it is.
-        run: whether the graph was recorded in a run.
+        whole: whether that is the model, so that nothing is around it.
+        identities: layers that are folded, and hand on what they are given; it may grow.
+        run: whether the graph was recorded in a run, and knows sizes.
         calls: the nodes that call each module.
-        identities: layers that hand on what they are given.
     """
 
     def __init__(
@@ -79,21 +80,9 @@ class View:
         run: bool = False,
         training: bool = False,
     ) -> None:
-        """Look at a graph.
-
-        Args:
-            module: whose graph it is.
-            graph: traced, or recorded.
-            whole: whether the module is the model, so that nothing is around it.
-            identities: layers that are folded, and hand on what they are given; it may grow.
-            run: whether the graph was recorded in a run, and knows sizes.
-            training: whether dropout is more than nothing.
-        """
-        self.whole = whole
+        self.module, self.whole, self.identities, self.run = module, whole, identities, run
         self.calls: dict[nn.Module, list[fx.Node]] = {}
-        self.identities = identities
-        self.run = run
-        self.module, self._graph, self._training = module, graph, training
+        self._graph, self._training = graph, training  # in which dropout is more than nothing
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls.setdefault(self._called(node), []).append(node)
@@ -181,7 +170,7 @@ class View:
 
     def _origins(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes that gave a value, before all that handed it on or moved it."""
-        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._passes(node):
             for given in paths.data_of(node):
                 yield from self._origins(given)
         else:
@@ -192,10 +181,14 @@ class View:
         for user in node.users:
             if paths.asks(user, node):
                 continue
-            if self._is_identity(user) or (paths.is_movement(user) and self._understood(user)):
+            if self._passes(user):
                 yield from self._readers(user)
             else:
                 yield user, node
+
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node gives the values that it is given, perhaps at other places."""
+        return self._is_identity(node) or (paths.is_movement(node) and self._understood(node))
 
     def _is_identity(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -263,10 +256,7 @@ class View:
 
     def _source(self, call: fx.Node) -> fx.Node:
         """What a call gets, before all that handed it on."""
-        node = _input(call)
-        while self._is_identity(node):
-            node = paths.data_of(node)[0]
-        return node
+        return paths.before_identities(_input(call), self._is_identity)
 
     def _directly(self, call: fx.Node) -> bool:
         """Whether nothing moves values on the way to a call."""
@@ -324,7 +314,7 @@ class View:
 
     def _way(self, node: fx.Node) -> Iterator[fx.Node]:
         yield node
-        if self._is_identity(node) or (paths.is_movement(node) and self._understood(node)):
+        if self._passes(node):
             for given in paths.data_of(node):
                 yield from self._way(given)
 
