@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.activations import activation_of
 from batchnorm.kernels.operators import expect
 from batchnorm.surgery.adopt import adopted_activation
 from batchnorm.surgery.convert import convert
@@ -118,7 +119,7 @@ def _kernels_expected(model: nn.Module) -> Iterator[None]:
     def tell(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer.training and name not in known:  # later calls may be in float64
             known.add(name)
-            expect(args[0], layer.activation, len(args) > 1 or "residual" in kwargs)
+            expect(args[0], activation_of(layer.activation), len(args) > 1 or "residual" in kwargs)
 
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer) in TORCHS]
     handles = [layer.register_forward_pre_hook(partial(tell, name), with_kwargs=True) for name, layer in layers]
