@@ -7,7 +7,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = "README.md", "docs/recalibrating.md", "docs/adapting.md", "docs/converting.md", "docs/other-tools.md"
+NAMES = "layers", "models", "recalibrating", "adapting", "converting", "other-tools"
+PAGES = "README.md", *(f"docs/{name}.md" for name in NAMES)
 EXAMPLES = [
     pytest.param(page, code, id=f"{page}-{number}")
     for page in PAGES
