@@ -138,3 +138,9 @@ def test_many_gradients_at_once_of_what_plain_pytorch_computes(dtype: str) -> No
     """They have no strides that could be asked for."""
     more: dict[str, Any] = {"transform": "batched", "layout": "channels_last", "memory": "bands"}
     check(Case(1, (2, 2, 2, 3), dtype, buffers="none", counted=False, policy="Ghost(2)", **more))
+
+
+def test_many_gradients_at_once_of_half_precision_without_buffers() -> None:
+    """torch can, as long as nobody asks it for moments in float32 beside the tensor."""
+    more: dict[str, Any] = {"transform": "vmap_grads", "layout": "sliced_channels", "memory": "bands"}
+    check(Case(1, (3, 2), "float16", weight="none", bias="none", buffers="none", counted=False, **more))

@@ -40,7 +40,7 @@ def _train(call: Call) -> Tensor:
     if kernel == "numba":
         return train_numba(call, *plans.laid_out(x))
     train = _train_reference if kernel == "reference" else _train_aten
-    return _finished(call, *train(x, weight, bias, call.eps))
+    return _finished(call, *train(call))
 
 
 def train_numba(call: Call, x: Tensor, plan: plans.Plan, sets: Sets | None = None) -> Tensor:
@@ -64,39 +64,36 @@ def train_numba(call: Call, x: Tensor, plan: plans.Plan, sets: Sets | None = Non
     return y
 
 
-def _train_aten(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, float | None, Tensor, Tensor]:
+def _train_aten(call: Call) -> tuple[Tensor, float | None, Tensor, Tensor]:
     """Momentum 1 makes ATen write the batch's mean and unbiased variance where the running statistics would be."""
+    x, _, weight, bias = call[:4]
     dtype = torch.float32 if x.dtype in NARROW else x.dtype
     if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-    kept = x.numel() > 0
+    wanted = call.moves() and x.numel() > 0
     y = torchs_batch_norm(
-        x, mean if kept else None, var if kept else None, _dense(weight), _dense(bias), True, 1.0, eps
+        x, mean if wanted else None, var if wanted else None, _dense(weight), _dense(bias), True, 1.0, call.eps
     )  # fmt: skip
     return y, None, mean, var
 
 
-def _train_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, float | None, Tensor, Tensor]:
+def _train_reference(call: Call) -> tuple[Tensor, float | None, Tensor, Tensor]:
     moments: list[Tensor] = []
 
     def normalized(x: Tensor) -> Tensor:
-        y, *found = reference.train_forward(x, weight, bias, eps)
+        y, *found = reference.train_forward(x, call.weight, call.bias, call.eps)
         moments.extend(t.detach() for t in found)
         return y
 
-    y = operators.formatted(normalized, x)
+    y = operators.formatted(normalized, call.x)
     mean, var = moments
-    return y, x.numel() // x.shape[1], mean, var
+    return y, call.x.numel() // call.x.shape[1], mean, var
 
 
 def _finished(call: Call, y: Tensor, count: float | None, mean: Tensor, var: Tensor) -> Tensor:
     """What the Numba kernel does in the same pass: move the running statistics, add the residual, activate."""
-    if call.updates and call.x.numel() > 0:
+    if call.moves() and call.x.numel() > 0:
         update_running(call.running, count, mean, var)
     elif call.updates and call.running.batches is not None:
         call.running.batches.add_(1)  # an empty batch is counted, as torch does
@@ -113,11 +110,11 @@ def _traced(call: Call) -> Tensor:
         activation, residual, _ = call.epilogue
         name, parameter = (None, 0.0) if activation is None else activation
         y, moments = torch.ops.batchnorm.train(x, weight, bias, residual, call.eps, name, parameter)
-        if call.updates:
+        if call.moves():
             update_running(running, x.numel() // x.shape[1], moments[0], moments[1])
         done: Tensor = y
         return done
-    return _finished(call, *_train_aten(x, weight, bias, call.eps))
+    return _finished(call, *_train_aten(call))
 
 
 # --- evaluation ---

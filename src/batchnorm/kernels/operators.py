@@ -119,15 +119,16 @@ class _Normalize(torch.autograd.Function):
             return *_by_operations(dy, saved, moments, Work(*work), wanted), None
         record.backward = "numba"
         x, weight, bias, residual, bits = gated(plan, saved)
-        weighted = sets is not None and sets.weights is not None
-        passed_on = wanted[3] and activation is None and not weighted  # the residual's gradient is dy itself
+        # The residual's gradient is dy itself where no activation and no weight of 0 changes it.
+        passed_on = wanted[3] and activation is None and (sets is None or sets.weights is None)
         if passed_on:
             wanted = (*wanted[:3], False)
         epilogue = NOTHING if activation is None and not inplace else Epilogue(activation, residual, inplace)
         found = cpu.backward(
             dy, x, plan, weight, moments, eps, wanted, epilogue, bits, bias, fixed is not None, sets
         )  # fmt: skip
-        return *found[:3], dy if passed_on else found.residual, None
+        dx, grad_weight, grad_bias, grad_residual = found
+        return dx, grad_weight, grad_bias, dy if passed_on else grad_residual, None
 
 
 # Without Function.apply's own look at function transforms: the choice of kernel has ruled them out.
@@ -156,7 +157,7 @@ def gated(plan: plans.Plan, saved: Saved) -> Saved:
     return (
         x if x is None else gate.like_x("input", x, plan),
         gate.parameter("weight", weight, plan),
-        gate.parameter("bias", bias, plan),
+        bias if bias is None else gate.parameter("bias", bias, plan),
         residual if residual is None else gate.like_x("residual", residual, plan),
         bits,
     )
