@@ -13,6 +13,7 @@ import torch
 from batchnorm.kernels import plans
 
 SLOW = "BATCHNORM_SLOW"
+os.environ.setdefault("BATCHNORM_PROCESSES", "0")  # the tests' own processes keep all processors at work
 CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY")
 if CAPABILITY:  # what inductor has compiled for wider vectors it takes from its cache, and then fails (torch 2.13)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{CAPABILITY}")))

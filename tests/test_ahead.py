@@ -26,6 +26,7 @@ KEYS = [Key("planes_forward", "float32"), Key("rows_evaluate", "float32", Form("
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("BATCHNORM_PROCESSES")
     monkeypatch.setattr(ahead, "_workers", [])
     yield
     ahead._end()
@@ -92,6 +93,15 @@ def test_a_frozen_program_and_one_without_a_place_for_files_start_none(monkeypat
     monkeypatch.setattr(cache, "build", lambda: None)
     ahead.expect(KEYS, 2)
     assert ahead._workers == []
+
+
+def test_the_environment_can_allow_fewer_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHNORM_PROCESSES", "0")
+    ahead.expect(KEYS, 2)
+    assert ahead._workers == []
+    monkeypatch.setenv("BATCHNORM_PROCESSES", "1")
+    ahead.expect(KEYS, 2)
+    assert [worker.keys for worker in ahead._workers] == [KEYS]
 
 
 def test_no_worker_outlives_the_process_that_started_it() -> None:

@@ -61,7 +61,12 @@ _workers: list[_Worker] = []
 
 
 def expect(keys: Iterable[Key], processes: int) -> None:
-    """Let at most so many processes compile these kernels, the first ones first, if they are not in the cache."""
+    """Let at most so many processes compile these kernels, the first ones first, if they are not in the cache.
+
+    ``BATCHNORM_PROCESSES`` in the environment allows fewer, or none.
+    """
+    allowed = os.environ.get("BATCHNORM_PROCESSES", "")
+    processes = min(processes, int(allowed)) if allowed.isdecimal() else processes
     if processes < 1 or not _can_start():
         return
     told = {key for worker in _workers for key in worker.keys}
