@@ -47,10 +47,6 @@ class Call(NamedTuple):
     state: Tensor | None
     updates: bool  # whether buffers move: in training, and not in a recomputation
 
-    def moves(self) -> bool:
-        """Whether there is a buffer to move."""
-        return self.updates and (self.running.mean is not None or self.running.batches is not None)
-
 
 def check(call: Call) -> None:
     """Raise what torch would raise, with the sizes and the remedy, before anything is changed."""

@@ -66,12 +66,12 @@ def train_numba(call: Call, x: Tensor, plan: plans.Plan, sets: Sets | None = Non
 
 def _train_aten(call: Call) -> tuple[Tensor, float | None, Tensor, Tensor]:
     """Momentum 1 makes ATen write the batch's mean and unbiased variance where the running statistics would be."""
-    x, _, weight, bias = call[:4]
+    x, running, weight, bias = call[:4]
     dtype = torch.float32 if x.dtype in NARROW else x.dtype
     if x.dtype in NARROW:
         weight, bias = _widened(weight), _widened(bias)
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-    wanted = call.moves() and x.numel() > 0
+    wanted = running.has_buffers() and x.numel() > 0  # also in a recomputation, whose graph must be the same
     y = torchs_batch_norm(
         x, mean if wanted else None, var if wanted else None, _dense(weight), _dense(bias), True, 1.0, call.eps
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _train_reference(call: Call) -> tuple[Tensor, float | None, Tensor, Tensor]:
 
 def _finished(call: Call, y: Tensor, count: float | None, mean: Tensor, var: Tensor) -> Tensor:
     """What the Numba kernel does in the same pass: move the running statistics, add the residual, activate."""
-    if call.moves() and call.x.numel() > 0:
+    if call.updates and call.running.has_buffers() and call.x.numel() > 0:
         update_running(call.running, count, mean, var)
     elif call.updates and call.running.batches is not None:
         call.running.batches.add_(1)  # an empty batch is counted, as torch does
@@ -110,7 +110,7 @@ def _traced(call: Call) -> Tensor:
         activation, residual, _ = call.epilogue
         name, parameter = (None, 0.0) if activation is None else activation
         y, moments = torch.ops.batchnorm.train(x, weight, bias, residual, call.eps, name, parameter)
-        if call.moves():
+        if call.updates and running.has_buffers():
             update_running(running, x.numel() // x.shape[1], moments[0], moments[1])
         done: Tensor = y
         return done

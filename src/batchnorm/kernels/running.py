@@ -21,6 +21,10 @@ class Running(NamedTuple):
     batches: Tensor | None = None
     momentum: float | Tensor | None = None  # the weight of the new value; None for the plain average over batches
 
+    def has_buffers(self) -> bool:
+        """Whether there is anything to move."""
+        return self.mean is not None or self.batches is not None
+
     def frozen(self) -> Running:
         """The same statistics, for who looks at them and must not move them: renormalization."""
         return Running(self.mean, self.var, None, 0.0)
