@@ -55,8 +55,8 @@ def main() -> None:
         print("no compiled kernel:  ", first_use(copy, Path(folder, "cache")), flush=True)
         print("compiled before:     ", first_use(copy, Path(folder, "cache")), flush=True)
         compiled = copy / "batchnorm" / "kernels" / "compiled"
-        release = [sys.executable, REPOSITORY / "release" / "compile_kernels.py", "--out", compiled, "--only", NEEDED]
-        subprocess.run(release, check=True, stdout=subprocess.DEVNULL)
+        release = [sys.executable, str(REPOSITORY / "release" / "compile_kernels.py"), "--out", str(compiled)]
+        subprocess.run([*release, "--only", NEEDED], check=True, stdout=subprocess.DEVNULL)
         print("with a released wheel:", first_use(copy, Path(folder, "nothing")), flush=True)
 
 

@@ -75,8 +75,6 @@ class _Normalize(torch.autograd.Function):
     That is nothing but the bias without a residual, since z is computed again from x. With one, it is a bit an element
     for activations that are linear in pieces, and the residual for others. With fixed moments x is not saved where the
     weight does not learn and z is not needed. Of its own it keeps the moments and the bits.
-
-    One function serves all of this; a second one for plain calls would save 1 to 2 % of a tiny tensor's step.
     """
 
     @staticmethod
@@ -86,7 +84,7 @@ class _Normalize(torch.autograd.Function):
         plan, running, eps, activation, inplace, fixed, sets = work
         if activation is None and residual is None and not inplace and fixed is None:
             y, moments = cpu.forward(x, plan, weight, bias, running, eps, NOTHING, None, sets)
-            ctx.save_for_backward(x, weight, None, None, None)
+            ctx.save_for_backward(x, weight)
             ctx.rest = work, moments
             return y
         lean = fixed is not None and not ctx.needs_input_grad[1] and not inplace  # x itself matters through z alone
@@ -109,6 +107,7 @@ class _Normalize(torch.autograd.Function):
         work, moments = ctx.rest
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
         plan, _, eps, activation, inplace, fixed, sets = work
+        alone = len(saved) == 2  # nothing follows, which is worth 2 % of a tiny tensor's step
         if torch.is_grad_enabled() or not gate.readable(dy):
             record.backward = "reference"
             if inplace:
@@ -116,8 +115,12 @@ class _Normalize(torch.autograd.Function):
                     "batch_norm(inplace=True) cannot be differentiated twice, nor for many gradients at once, nor "
                     "forwards: its input is gone; use inplace=False"
                 )
+            saved = (*saved, None, None, None) if alone else saved
             return *_by_operations(dy, saved, moments, Work(*work), wanted), None
         record.backward = "numba"
+        if alone:
+            v, w = gate.like_x("input", saved[0], plan), gate.parameter("weight", saved[1], plan)
+            return *cpu.backward(dy, v, plan, w, moments, eps, wanted, NOTHING, None, None, False, sets), None
         x, weight, bias, residual, bits = gated(plan, saved)
         # The residual's gradient is dy itself where no activation and no weight of 0 changes it.
         passed_on = wanted[3] and activation is None and (sets is None or sets.weights is None)
