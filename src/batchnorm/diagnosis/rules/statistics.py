@@ -179,8 +179,8 @@ RULES = (
         f"(1 − momentum)ⁿ above {_RESIDUE:.0%}, with n from num_batches_tracked. A checkpoint does not tell momentum: "
         "torch's default of 0.1 is taken, with which that is fewer than 44 batches.",
         "batchnorm.recalibrate(model, data), or train longer, or with a larger momentum.",
-        "Statistics that were recalibrated: the counter then has the batches of that, and nothing is left of the initial"
-        " values. A checkpoint in the middle of training.",
+        "Statistics that were recalibrated: the counter then has the batches of that, and no initial value is left. "
+        "A checkpoint in the middle of training.",
         (1,), _residue,
     ),
     Rule(
