@@ -7,7 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-NAMES = "layers", "models", "recalibrating", "adapting", "converting", "other-tools"
+NAMES = "layers", "models", "diagnosing", "recalibrating", "adapting", "converting", "other-tools"
 PAGES = "README.md", *(f"docs/{name}.md" for name in NAMES)
 EXAMPLES = [
     pytest.param(page, code, id=f"{page}-{number}")

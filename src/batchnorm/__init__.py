@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from batchnorm import kernels as kernels
     from batchnorm import recurrent as recurrent
     from batchnorm.conditional import ConditionalBatchNorm as ConditionalBatchNorm
+    from batchnorm.diagnosis.diagnose import diagnose as diagnose
     from batchnorm.domains import DomainBatchNorm as DomainBatchNorm
     from batchnorm.domains import domain as domain
     from batchnorm.layers import BatchNorm1d as BatchNorm1d
@@ -62,6 +63,7 @@ _HOME = {
     "mask_from_lengths": "batchnorm.masks",
     "ported": "batchnorm.ports",
     "compare": "batchnorm.study.compare",
+    "diagnose": "batchnorm.diagnosis.diagnose",
     "keep_freed_memory": "batchnorm.memory",
     "adapt": "batchnorm.surgery.adaptation.adapt",
     "convert": "batchnorm.surgery.convert",

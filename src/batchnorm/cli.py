@@ -29,7 +29,7 @@ DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an err
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="batchnorm")
 def main() -> None:
-    """Batch normalization for PyTorch: compare, measure; recalibrate and fold checkpoints."""
+    """Batch normalization for PyTorch: compare, measure, diagnose; recalibrate and fold checkpoints."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack letters of the names of layers
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -174,6 +174,55 @@ def fold(model: str, checkpoint: Path, out: Path | None, dry_run: bool, debug: b
         folded = run(model, checkpoint, out, dry_run=dry_run, **options)
         click.echo(folded)
         click.echo(_written(out, dry_run, "the folded model"))
+
+
+@main.command()
+@click.argument("target")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights for TARGET, if that makes a model.")
+@click.option("--key", help="Under which key the checkpoint has the weights.  [default: found]")
+@click.option("--data", help="Batches to run a model on, or a function that makes them: package.module:loader.")
+@click.option("--metric", help="Function of the model: package.module:function.")
+@click.option("--batches", type=click.IntRange(min=1), help="Use at most so many batches.  [default: all]")
+@click.option("--format", "kind", type=click.Choice(["text", "json", "github"]), default="text", show_default=True)
+@click.option("--select", default="", help="Look for these rules alone: BN102,BN2.")
+@click.option("--ignore", default="", help="Leave these rules out.")
+@click.option("--advice", is_flag=True, help="Show advice, too.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(["error", "warning", "advice", "never"]),
+    default="warning",
+    show_default=True,
+    help="Exit with 1 if something as bad as that was found.",
+)
+@DEBUG
+def diagnose(target: str, kind: str, advice: bool, fail_on: Any, debug: bool, **options: Any) -> None:
+    """Say what is wrong with the batch normalization of a checkpoint or a model.
+
+    TARGET is a file (*.safetensors, or of torch.save, from which no code is run), or makes the network:
+    package.module:factory or path/file.py:factory. Exit codes: 0 clean, 1 something was found, 2 it could not be
+    looked at.
+    """
+    with one_line(debug, failed=2):
+        with _tools():
+            from batchnorm.commands.diagnose import in_format, run
+            from batchnorm.diagnosis.report import at_least
+
+        report = run(target, **options)
+        text = in_format(report, kind, advice)
+        if text:
+            click.echo(text)
+        if fail_on != "never" and report.of(at_least(fail_on)):
+            raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("code")
+def rule(code: str) -> None:
+    """Explain a rule of `batchnorm diagnose`: what it looks for, why, what to do, and when it is wrong."""
+    with one_line(failed=2):
+        from batchnorm.commands.diagnose import rule as found
+
+        click.echo(found(code))
 
 
 def _check_has_out(out: Path | None, dry_run: bool) -> None:

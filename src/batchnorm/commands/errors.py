@@ -30,11 +30,12 @@ FAILED, WRITTEN, STOPPED = 1, 3, 130  # exit codes; after the second alone somet
 
 
 @contextmanager
-def one_line(debug: bool = False) -> Iterator[None]:
+def one_line(debug: bool = False, failed: int = FAILED) -> Iterator[None]:
     """Turn whatever is raised in the block, by user code as well, into one line and an exit code.
 
     Args:
         debug: show the traceback, too.
+        failed: the exit code after an error.
     """
     before = len(written)
     try:
@@ -51,7 +52,7 @@ def one_line(debug: bool = False) -> Iterator[None]:
         said = "batchnorm: stopped" if stopped else f"Error: {in_one_line(broken)}"
         _give_up_unwritable(sys.stdout)
         click.echo(f"{said}; but written: {placed}" if placed else said, err=True)
-        raise click.exceptions.Exit(WRITTEN if placed else STOPPED if stopped else FAILED) from None
+        raise click.exceptions.Exit(WRITTEN if placed else STOPPED if stopped else failed) from None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -18,7 +18,16 @@ from batchnorm.surgery.measuring.process_group import ProcessGroup
 from batchnorm.surgery.measuring.recorder import Recorder, Stop, finite, normalize_with_the_batch
 from batchnorm.surgery.measuring.sites import Site, write
 
-__all__ = ["Options", "PassResult", "Stopped", "batch_by_batch", "in_batch", "in_evaluation", "layer_by_layer"]
+__all__ = [
+    "Options",
+    "PassResult",
+    "Stopped",
+    "as_evaluated",
+    "batch_by_batch",
+    "in_batch",
+    "in_evaluation",
+    "layer_by_layer",
+]
 
 Progress = Callable[[int, int | None], None]
 Stopped = Literal["data", "batches", "tolerance"]
@@ -177,6 +186,15 @@ def layer_by_layer(
         for site in own[name]:
             write(site, seen.clusters[site])
     return whole
+
+
+def as_evaluated(
+    model: nn.Module, data: Iterable[Any], sites: Sequence[Site], options: Options, group: ProcessGroup
+) -> tuple[PassResult, list[Site]]:
+    """Measure all sites in one pass in evaluation, with the statistics as they are; and give the order of calls."""
+    with _measuring(model, sites, ()) as recorder:
+        seen = _pass(model, data, sites, recorder, options, group)
+        return seen, list(recorder.seen)
 
 
 @contextmanager
