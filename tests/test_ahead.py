@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache as cache_of_calls
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 
 import batchnorm
 from batchnorm.kernels import ahead, cache, launch, operators
-from batchnorm.kernels.compile import object_code
+from batchnorm.kernels import compile as compilation
 from batchnorm.kernels.key import Form, Key
 from waiting import HANGS_AFTER
 
+object_code = cache_of_calls(compilation.object_code)
 KEYS = [Key("planes_forward", "float32"), Key("rows_evaluate", "float32", Form("relu"))]
 
 

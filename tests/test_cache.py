@@ -17,7 +17,7 @@ import pytest
 
 from batchnorm.kernels import cache
 from batchnorm.kernels.key import Form, Key
-from test_processes import PROGRAM, copied_package, give_up_writing_anywhere
+from test_processes import ALONE, PROGRAM, copied_package, give_up_writing_anywhere
 from waiting import HANGS_AFTER
 
 __all__ = ["copied_package"]  # a fixture
@@ -194,7 +194,7 @@ launch._object_code = counted
 
 def hits(where: Path, home: Path) -> list[int]:
     """Run a layer in a process of its own; for each of its kernels, whether it was found compiled."""
-    environment = {"PYTHONPATH": str(where), "PATH": os.environ["PATH"], "HOME": str(home), "OMP_NUM_THREADS": "2"}
+    environment = ALONE | {"PYTHONPATH": str(where), "HOME": str(home), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", HITS + PROGRAM + "print(hits)"], capture_output=True, text=True, check=False,
         timeout=HANGS_AFTER, env=environment, cwd="/",
@@ -209,7 +209,7 @@ def hits(where: Path, home: Path) -> list[int]:
 def test_damage_to_a_kernel_between_two_processes(copied_package: Path, tmp_path: Path) -> None:
     both = [subprocess.Popen(  # at once, into one folder
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/",
-        env={"PYTHONPATH": str(copied_package), "PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        env=ALONE | {"PYTHONPATH": str(copied_package), "HOME": str(tmp_path)},
     ) for _ in range(2)]  # fmt: skip
     for process in both:
         _, complaints = process.communicate(timeout=HANGS_AFTER)
