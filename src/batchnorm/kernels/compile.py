@@ -58,7 +58,8 @@ def object_code(key: Key, processor: str | None = None) -> bytes:
     module = _linked(_typed(key), key.symbol)
     machine = _machine(processor)
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-    tuning.slp_vectorization = False
+    # The loops have vectors where these pay; what LLVM would vectorize and unroll are their short tails.
+    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     builder = llvm.create_pass_builder(machine, tuning)
     builder.getModulePassManager().run(module, builder)
     needed = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")} - _PROVIDED
