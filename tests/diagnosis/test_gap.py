@@ -137,3 +137,37 @@ def test_recalibrated_statistics_are_right_though_the_counter_is_low() -> None:
     batchnorm.recalibrate(model, batches())
     assert batchnorm.diagnose(model, batches()).findings == ()
     assert batchnorm.diagnose(model).ok  # it cannot know, and says so as advice only
+
+
+@pytest.mark.parametrize(("size", "found"), [(4, True), (8, False)])
+def test_few_values_a_channel(size: int, found: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.BatchNorm1d(5))
+    data = [torch.randn(size, 6) for _ in range(200)]
+    for x in 2 * data:
+        model(x)
+    batchnorm.recalibrate(model, data)
+    report = batchnorm.diagnose(model, data)
+    assert [f.rule.code for f in report.findings] == (["BN110"] if found else [])
+    if found:
+        assert report.findings[0].found.layers == ("1", "4")
+        assert "a channel has 4 values in a batch" in report.findings[0].found.message
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.stem(x)) + self.head(self.stem(x.flip(0)))
+        return y
+
+
+def test_a_layer_that_is_called_several_times_for_a_batch() -> None:
+    model = Siamese()
+    batchnorm.recalibrate(model, batches())
+    (finding,) = batchnorm.diagnose(model, batches()).findings
+    assert finding.rule.code == "BN111"
+    assert set(finding.found.layers) == {"stem", "head"}
+    assert "called 2 times for one batch" in finding.found.message

@@ -57,6 +57,8 @@ class Gap:
         own: for each layer, how far its running statistics are from the moments of what it is given in training.
         given: the same of what it is given in evaluation.
         noise: how far they could be for chance alone: the standard error of the moments.
+        values: how many values a channel of each layer had in a batch, in the mean.
+        calls: how often each layer was called for one batch.
         arms: the metric, if one was given.
 
     Distances are in standard deviations for means, and in natural logarithms of standard deviations; the larger of
@@ -69,6 +71,8 @@ class Gap:
     own: dict[str, float]
     given: dict[str, float]
     noise: dict[str, float]
+    values: dict[str, float]
+    calls: dict[str, int]
     arms: Arms | None
 
 
@@ -97,13 +101,15 @@ def measured(
         seen = batch_by_batch(inner, data, sites, options, group)
         if seen.batches == 0:
             raise ValueError("no batch of the data could be used: there is none, or their moments are not finite")
-        evaluated, order = as_evaluated(inner, data, sites, options, group)
+        evaluated, calls = as_evaluated(inner, data, sites, options, group)
         arms = None if metric is None else _arms(model, metric, seen)
     return Gap(
-        seen.batches, seen.samples, tuple(site.name for site in order),
-        {site.name: _distance(site, seen.clusters[site]) for site in order},
-        {site.name: _distance(site, evaluated.clusters[site]) for site in order},
-        {site.name: _noise(site, seen.clusters[site]) for site in order}, arms,
+        seen.batches, seen.samples, tuple(site.name for site in calls),
+        {site.name: _distance(site, seen.clusters[site]) for site in calls},
+        {site.name: _distance(site, evaluated.clusters[site]) for site in calls},
+        {site.name: _noise(site, seen.clusters[site]) for site in calls},
+        {site.name: _values(seen.clusters[site]) / n for site, n in calls.items()},
+        {site.name: n for site, n in calls.items()}, arms,
     )  # fmt: skip
 
 
@@ -130,6 +136,10 @@ def _distance(site: Site, clusters: Clusters) -> float:
     shift = (site.mean.double()[known] - total.mean[known]) / variance.sqrt()
     scale = 0.5 * ((site.var.double()[known] + site.eps) / variance).log()
     return max(_size(shift), _size(scale))
+
+
+def _values(clusters: Clusters) -> float:
+    return float((clusters.total.count / clusters.batches.clamp(min=1)).max())
 
 
 def _noise(site: Site, clusters: Clusters) -> float:

@@ -125,8 +125,8 @@ class Diagnosis:
         lines = [head, *(f"\n{finding}" for finding in shown)]
         if self.not_run:
             needs = Counter(self.not_run.values())
-            rest = ", ".join(f"{n} rule{'s' if n != 1 else ''} that need {need}" for need, n in needs.items())
-            lines.append(f"\nnot run: {rest}")
+            rest = (f"{n} rules need {need}" if n != 1 else f"1 rule needs {need}" for need, n in needs.items())
+            lines.append(f"\nnot run: {'; '.join(rest)}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""BN101: good in train(), bad in eval()."""
+"""BN101, BN110 and BN111: what a run on data shows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = ["RULES", "cause"]
 
 _FAR = 0.5  # standard deviations
 _SURE = 4  # standard errors
+_FEW = 8  # values a channel
 
 
 def _stale(gap: Gap) -> list[str]:
@@ -69,6 +70,26 @@ def _finite(layer: Layer) -> bool:
     return all(t is None or bool(t.isfinite().all()) for t in (layer.mean, layer.var))
 
 
+def _few_values(evidence: Evidence) -> Iterator[Found]:
+    gap = evidence.gap
+    few = sorted((n, path) for path, n in gap.values.items() if n < _FEW) if gap is not None else []
+    if few:
+        yield Found(
+            tuple(path for _, path in few),
+            f"a channel has {few[0][0]:.3g} values in a batch: their moments are mostly noise", few[0][0],
+        )  # fmt: skip
+
+
+def _several_calls(evidence: Evidence) -> Iterator[Found]:
+    gap = evidence.gap
+    several = sorted(((n, path) for path, n in gap.calls.items() if n > 1), reverse=True) if gap is not None else []
+    if several:
+        yield Found(
+            tuple(path for _, path in several),
+            f"called {several[0][0]} times for one batch, with one set of running statistics for all", several[0][0],
+        )  # fmt: skip
+
+
 RULES = (
     Rule(
         "BN101", "train-eval-gap", "error", "data",
@@ -83,5 +104,27 @@ RULES = (
         "batchnorm.recalibrate(model, data). Where the input differs from training's, mend the input first.",
         "Data that is meant to differ from training's, and batches of a few values a channel, whose moments are noise.",
         (1, 6, 14, 15, 34, 42, 52, 58), _look,
+    ),
+    Rule(
+        "BN110", "few-values", "warning", "data",
+        "Small batches: training is unstable, or worse than without batch normalization",
+        "Moments are taken over batch and positions, N · H · W values a channel. Of few values they are noise, and with "
+        'one there is no variance: training raises "Expected more than 1 value per channel".',
+        f"Values a channel in a batch of the data that was given, below {_FEW}: docs/choosing.md measured a perceptron "
+        "at 2, 4 and 8 values, of which two ruined it, four cost some points, and eight none.",
+        "Larger batches; batchnorm.convert(model, statistics=batchnorm.Renorm()), or Sync() over devices; "
+        "batchnorm.replace(model, 'group').",
+        "Data in smaller batches than those of training.",
+        (2, 47), _few_values,
+    ),
+    Rule(
+        "BN111", "called-several-times", "advice", "data",
+        "A shared head or a siamese network is bad at inference",
+        "A layer that is called several times in a forward has one set of running statistics for what may be several "
+        "distributions, and moves them by each call.",
+        "Calls of each layer for one batch.",
+        "A layer for each level or role, with shared weights: batchnorm.split_domains(model, ...), or one layer each.",
+        "Calls whose inputs are alike, as of two views of the same images.",
+        (20, 23), _several_calls,
     ),
 )  # fmt: skip

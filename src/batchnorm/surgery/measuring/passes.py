@@ -190,11 +190,15 @@ def layer_by_layer(
 
 def as_evaluated(
     model: nn.Module, data: Iterable[Any], sites: Sequence[Site], options: Options, group: ProcessGroup
-) -> tuple[PassResult, list[Site]]:
-    """Measure all sites in one pass in evaluation, with the statistics as they are; and give the order of calls."""
+) -> tuple[PassResult, dict[Site, int]]:
+    """Measure all sites in one pass in evaluation, with the statistics as they are.
+
+    Returns:
+        What was seen; and how often each site's layer was called for the last batch, in the order of first calls.
+    """
     with _measuring(model, sites, ()) as recorder:
         seen = _pass(model, data, sites, recorder, options, group)
-        return seen, list(recorder.seen)
+        return seen, {site: recorder.reached[site.layer] for site in recorder.seen}
 
 
 @contextmanager
