@@ -108,7 +108,7 @@ RULES = (
     Rule(
         "BN110", "few-values", "warning", "data",
         "Small batches: training is unstable, or worse than without batch normalization",
-        "Moments are taken over batch and positions, N · H · W values a channel. Of few values they are noise, and with "
+        "Moments are taken over batch and positions, N · H · W values a channel. Of few they are noise, and with "
         'one there is no variance: training raises "Expected more than 1 value per channel".',
         f"Values a channel in a batch of the data that was given, below {_FEW}: docs/choosing.md measured a perceptron "
         "at 2, 4 and 8 values, of which two ruined it, four cost some points, and eight none.",
