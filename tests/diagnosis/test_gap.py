@@ -75,6 +75,16 @@ def test_few_batches_are_the_cause() -> None:
     assert "too few batches (3) for the momentum" in found.message
 
 
+def test_a_cumulative_average_has_forgotten_its_initial_values_however_few_batches() -> None:
+    model = trained().eval()
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+            layer.num_batches_tracked.fill_(3)
+    weights_changed(model)
+    assert "likely cause: weights that have changed since" in finding(model).message
+
+
 def test_the_metric_in_three_arms_and_what_recalibration_closes() -> None:
     model = trained().eval()
     with torch.no_grad():

@@ -81,6 +81,22 @@ class Layer:
         """Whether the running statistics are what a new layer has: mean 0, variance 1 in every channel."""
         return self.mean is not None and self.var is not None and not self.mean.any() and bool((self.var == 1).all())
 
+    @property
+    def residue(self) -> float:
+        """Which share of the running statistics is still their initial values; 0 where that cannot be known.
+
+        The cumulative average (momentum None) forgets them with the first batch.
+        """
+        known = self.batches and self.momentum is not None and 0 < self.momentum < 1
+        return (1 - self.momentum) ** self.batches if known else 0.0  # type: ignore[operator]
+
+    @property
+    def unfit(self) -> int:
+        """How many channels have a running mean or variance that is nan or infinite."""
+        if self.mean is None or self.var is None:
+            return 0
+        return int((~(self.mean.isfinite() & self.var.isfinite())).sum())
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -132,9 +148,10 @@ def _layer(path: str, layer: Any) -> Layer:
     tensors = {name: getattr(layer, name, None) for name in (_MEAN, _VAR, "weight", "bias")}
     own = [t for t in tensors.values() if isinstance(t, Tensor)]
     mean, var = tensors[_MEAN], tensors[_VAR]
+    tracks = isinstance(mean, Tensor) and bool(getattr(layer, "track_running_stats", True))
     structure = Structure(
         kind_of(layer).__name__, float(getattr(layer, "eps", 0.0)), _number(getattr(layer, "momentum", None)),
-        layer.training and not is_frozen(layer), isinstance(mean, Tensor) and bool(getattr(layer, _TRACKS, True)),
+        layer.training and not is_frozen(layer), tracks,
         is_frozen(layer), any(t.requires_grad for t in own), all(t.device.type == "cpu" for t in own),
     )  # fmt: skip
     dtype = mean.dtype if isinstance(mean, Tensor) else None
@@ -142,24 +159,26 @@ def _layer(path: str, layer: Any) -> Layer:
     return Layer(path, mean, var, weight, bias, _count(getattr(layer, _COUNT, None)), dtype, structure)
 
 
-_TRACKS = "track_running_stats"
-
-
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def _readable(value: Any) -> bool:
+    """Whether something is a tensor whose values can be read."""
+    return (
+        isinstance(value, Tensor)
+        and not is_lazy(value)
+        and not value.is_meta
+        and value.layout is torch.strided
+        and not value.is_quantized
+    )
+
+
 def _values(value: Any) -> Tensor | None:
     """A tensor's values in float64 on the CPU; None for what has none that can be read."""
-    if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta or value.layout is not torch.strided:
-        return None
-    if value.is_quantized or not value.is_floating_point():
-        return None
-    return value.detach().to("cpu", torch.float64)
+    return value.detach().to("cpu", torch.float64) if _readable(value) and value.is_floating_point() else None
 
 
 def _count(value: Any) -> int | None:
     """A counter of batches, which is one number; a layer with one for each step gives the largest."""
-    if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta or value.layout is not torch.strided:
-        return None
-    return int(value.max()) if value.numel() and not value.is_quantized and not value.is_complex() else None
+    return int(value.max()) if _readable(value) and value.numel() and not value.is_complex() else None

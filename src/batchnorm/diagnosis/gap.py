@@ -143,7 +143,7 @@ def _values(clusters: Clusters) -> float:
 
 
 def _noise(site: Site, clusters: Clusters) -> float:
-    """Standard errors of means, and of logarithms of deviations; infinite after one batch, whose spread is unknown."""
+    """Standard errors of means, and of logarithms of deviations; 0 after one batch, whose spread is unknown."""
     means, variances = clusters.errors(site.eps)
     known = clusters.batches > 0
     return max(_size(means[known]), 0.5 * _size(variances[known])) if clusters.batches.max() > 1 else 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batchnorm.diagnosis.evidence import Evidence, Layer
+from batchnorm.diagnosis.evidence import Evidence
 from batchnorm.diagnosis.gap import Arms, Gap
 from batchnorm.diagnosis.rules.rule import Found, Rule
+from batchnorm.diagnosis.rules.statistics import RESIDUE
 
 __all__ = ["RULES", "cause"]
 
@@ -52,22 +53,18 @@ def cause(evidence: Evidence, stale: list[str]) -> str:
     gap = evidence.gap
     assert gap is not None
     layers = [layer for layer in evidence.layers if layer.path in stale]
-    if any(not _finite(layer) for layer in layers):
+    if any(layer.unfit for layer in layers):
         return "a batch that was not finite (BN102)"
     if layers and all(layer.initial for layer in layers):
         return "statistics that were never loaded, or were reset (BN103)"
     if any(layer.momentum == 0 for layer in layers):
         return "a momentum of 0, with which they never moved (BN203)"
-    few = [layer.batches for layer in layers if layer.batches and (1 - (layer.momentum or 0)) ** layer.batches > 0.01]
+    few = [layer.batches or 0 for layer in layers if layer.residue > RESIDUE]
     if few:
         return f"too few batches ({min(few)}) for the momentum (BN104)"
     if stale == [gap.order[0]]:
         return "the input is not what it was in training (scale, preprocessing, domain), or the first weights are not"
     return "weights that have changed since: averaged (EMA, SWA), pruned, quantized, merged or fine-tuned"
-
-
-def _finite(layer: Layer) -> bool:
-    return all(t is None or bool(t.isfinite().all()) for t in (layer.mean, layer.var))
 
 
 def _few_values(evidence: Evidence) -> Iterator[Found]:

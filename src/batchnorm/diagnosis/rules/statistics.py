@@ -10,9 +10,9 @@ import torch
 from batchnorm.diagnosis.evidence import Evidence, Layer
 from batchnorm.diagnosis.rules.rule import Found, Rule
 
-__all__ = ["RULES"]
+__all__ = ["RESIDUE", "RULES"]
 
-_RESIDUE = 0.01  # of the initial value
+RESIDUE = 0.01  # of the initial value
 _CLOSE = 0.1  # deviations from the moments of the data
 _COARSE = 1e3  # mean over deviation
 
@@ -35,12 +35,7 @@ def _channels(number: float) -> str:
 
 
 def _not_finite(evidence: Evidence) -> Iterator[Found]:
-    def count(layer: Layer) -> float:
-        assert layer.mean is not None
-        assert layer.var is not None
-        return float((~(layer.mean.isfinite() & layer.var.isfinite())).sum())
-
-    bad = [(count(layer), layer) for layer in _layers(evidence)]
+    bad = [(float(layer.unfit), layer) for layer in _layers(evidence)]
     yield from _worst(
         [pair for pair in bad if pair[0]],
         lambda value, layer, n: (
@@ -83,10 +78,8 @@ def _residue(evidence: Evidence) -> Iterator[Found]:
     for layer in _layers(evidence):
         if evidence.gap is not None and evidence.gap.own.get(layer.path, 1.0) < _CLOSE:
             continue  # as after recalibration
-        if layer.batches and layer.momentum is not None and 0 < layer.momentum < 1 and not layer.initial:
-            residue = (1 - layer.momentum) ** layer.batches
-            if residue > _RESIDUE:
-                found.append((residue, layer))
+        if layer.residue > RESIDUE and not layer.initial:
+            found.append((layer.residue, layer))
     yield from _worst(
         found,
         lambda value, layer, n: (
@@ -176,7 +169,7 @@ RULES = (
         "Good in train(), bad in eval(), after a short training",
         "Running statistics begin with mean 0 and variance 1, and forget them at the pace of momentum: after n batches "
         "the share (1 − momentum)ⁿ is left.",
-        f"(1 − momentum)ⁿ above {_RESIDUE:.0%}, with n from num_batches_tracked. A checkpoint does not tell momentum: "
+        f"(1 − momentum)ⁿ above {RESIDUE:.0%}, with n from num_batches_tracked. A checkpoint does not tell momentum: "
         "torch's default of 0.1 is taken, with which that is fewer than 44 batches.",
         "batchnorm.recalibrate(model, data), or train longer, or with a larger momentum.",
         "Statistics that were recalibrated: the counter then has the batches of that, and no initial value is left. "
