@@ -132,7 +132,7 @@ def _distance(site: Site, clusters: Clusters) -> float:
     known = total.count > 1
     if not bool(known.any()):
         return 0.0
-    variance = (total.biased_variance if site.biased else total.unbiased_variance)[known] + site.eps
+    variance = site.variance(total)[known] + site.eps
     shift = (site.mean.double()[known] - total.mean[known]) / variance.sqrt()
     scale = 0.5 * ((site.var.double()[known] + site.eps) / variance).log()
     return max(_size(shift), _size(scale))

@@ -222,7 +222,7 @@ def _renewed(seen: PassResult, skipped: dict[str, str]) -> dict[Site, Clusters]:
 def _change(site: Site, clusters: Clusters) -> LayerChange:
     """Compare a site's statistics, which are still the old ones, with what was seen."""
     total, enough = clusters.total, clusters.total.count > 1
-    variance = (total.biased_variance if site.biased else total.unbiased_variance)[enough]
+    variance = site.variance(total)[enough]
     scale = (variance + site.eps).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     mean_change = (total.mean[enough] - site.mean[enough].double()).abs() / scale

@@ -26,7 +26,7 @@ def mixed(site: Site, target: Moments, source: float) -> tuple[Tensor, Tensor]:
 
     The variance is the unbiased one (biased where the layer keeps that), the source's where the target has one value.
     """
-    variance = target.biased_variance if site.biased else target.unbiased_variance
+    variance = site.variance(target)
     variance = torch.where(target.count > 1, variance, site.var.to(variance.dtype))
     mean = torch.where(target.count > 0, target.mean, site.mean.to(variance.dtype))
     if source == 0:  # whatever it was: a source that is nan can be replaced

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.moments import Moments
 from batchnorm.recurrent.base import Recurrent
 from batchnorm.statistics import resolve
 from batchnorm.surgery.inspect.find import NO_STATISTICS, is_batch_norm, is_frozen, is_known
@@ -41,6 +42,10 @@ class Site:
     batches: Tensor | None
     eps: float
     biased: bool
+
+    def variance(self, seen: Moments) -> Tensor:
+        """The variance of what was seen, as ``var`` holds it."""
+        return seen.biased_variance if self.biased else seen.unbiased_variance
 
 
 def sites_of(
@@ -90,7 +95,7 @@ def sites_of(
 def write(site: Site, seen: Clusters) -> None:
     """Make what was seen the running statistics; where there were no two values, they stay."""
     total, enough = seen.total, seen.total.count > 1
-    variance = total.biased_variance if site.biased else total.unbiased_variance
+    variance = site.variance(total)
     site.mean.copy_(torch.where(enough, total.mean, site.mean.to(total.mean.dtype)))
     site.var.copy_(torch.where(enough, variance, site.var.to(total.mean.dtype)))
     if site.batches is not None:  # the channels of one layer, or of one step, have seen the same batches
